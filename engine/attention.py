@@ -1,0 +1,64 @@
+"""Grouped-query attention with RoPE, a sliding window on some layers and, where the model has them, attention sinks.
+
+B batch, L new tokens, S keys, D hidden_size, Hq and Hkv heads, Dh head_dim. Probes are taken token-major, (B, L, H,
+Dh).
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from engine.cache import Cache
+from engine.config import Config
+from engine.layers import linear
+from engine.module import Module
+from engine.probes import Probe
+
+
+class Attention(Module):
+    """(B, L, D) → (B, L, D): softmax(q·kᵀ·Dh^−½ over the visible keys and the sink) · v, projected."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.n_heads = config.num_attention_heads
+        self.n_kv_heads = config.num_key_value_heads
+        self.head_dim = config.head_dim
+        self.scale = config.head_dim**-0.5
+        self.rope_theta = config.rope_theta
+        D, queries, keys = config.hidden_size, self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        self.q_proj = linear(D, queries, config.quantization)
+        self.k_proj = linear(D, keys, config.quantization)
+        self.v_proj = linear(D, keys, config.quantization)
+        self.o_proj = linear(queries, D, config.quantization)
+        if config.attention_sinks:
+            self.sinks = mx.zeros((self.n_heads,))
+
+    def __call__(self, x: mx.array, cache: Cache, probe: Probe | None = None) -> mx.array:
+        B, L, _ = x.shape
+        q = self.q_proj(x).reshape(B, L, self.n_heads, self.head_dim)
+        k = self.k_proj(x).reshape(B, L, self.n_kv_heads, self.head_dim)
+        v = self.v_proj(x).reshape(B, L, self.n_kv_heads, self.head_dim)
+        if probe is not None:
+            probe("q_proj", q)
+            probe("k_proj", k)
+        q = self.rope(q.swapaxes(1, 2), cache.offset)
+        k = self.rope(k.swapaxes(1, 2), cache.offset)
+        if probe is not None:
+            probe("q", q.swapaxes(1, 2))
+            probe("k", k.swapaxes(1, 2))
+            probe("v", v)
+
+        mask = cache.mask(L)
+        keys, values = cache.update(k, v.swapaxes(1, 2))
+        context = mx.fast.scaled_dot_product_attention(
+            q, keys, values, scale=self.scale, mask=mask, sinks=self.get("sinks")
+        ).swapaxes(1, 2)
+        output = self.o_proj(context.reshape(B, L, -1))
+        if probe is not None:
+            probe("context", context)
+            probe("output", output)
+        return output
+
+    def rope(self, x: mx.array, offset: int) -> mx.array:
+        """(B, H, L, Dh) at positions offset…: half-split pairs (j, j + Dh/2), angle position · theta^(−2j/Dh)."""
+        return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)
