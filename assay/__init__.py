@@ -1,0 +1,42 @@
+"""assay: does a Metal LLM engine still compute what its reference computes?
+
+The names below are the public API; everything heavy is imported when first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from assay import golden
+    from assay.api import bisect, compare, run
+    from audits.compare import Comparison, ProbeResult
+    from audits.verdict import Report, Verdict
+    from goldens.trace import Trace
+
+__version__ = "0.1.0"
+__all__ = ["Comparison", "ProbeResult", "Report", "Trace", "Verdict", "bisect", "compare", "golden", "run"]
+
+_HOME = {
+    "run": "assay.api",
+    "compare": "assay.api",
+    "bisect": "assay.api",
+    "Comparison": "audits.compare",
+    "ProbeResult": "audits.compare",
+    "Report": "audits.verdict",
+    "Verdict": "audits.verdict",
+    "Trace": "goldens.trace",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "golden":
+        return import_module("assay.golden")
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'assay' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

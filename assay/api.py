@@ -1,0 +1,53 @@
+"""`assay.run`, `assay.compare`, `assay.bisect`: the main job from Python."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from audits import golden_jobs
+from audits.cases import model_folder
+from audits.compare import Comparison, ProbeResult
+from audits.compare import compare as compare_traces
+from audits.side_by_side import load_reference
+from audits.side_by_side import run as run_case
+from goldens.trace import Trace
+
+
+def run(engine: Any, case: Mapping[str, Any]) -> Trace:
+    """The Trace of one run: `engine` is "mlx", "reference", or an object with `run(tokens, tap=, chunk=, decode=)` and
+    `provenance`.
+
+    `case`: {"tokens": [ids], "model": "shipped" or a folder, "options": {"dtype", "device", "chunk", "decode"},
+    "seed"}; all but "tokens" have defaults. Raises ValueError for a case that can't be run.
+    """
+    return run_case(engine, case)
+
+
+def compare(actual: Trace, expected: Trace, *, model: str | Path | None = None) -> Comparison:
+    """Judge two Traces of the same tokens, probe by probe: `.ok`, `.first_failure`, `.probes`, `.flips`, `.logits`.
+
+    Both runs are replayed on their own recorded inputs, with the model that their provenance names ("model", checked
+    against "model_hash") or that `model` names; traces that name none are compared within the dtype's tolerance, and
+    `.judged_by` says so. Raises ValueError when the tokens differ or the model at hand is another one.
+    """
+    name = str(model) if model is not None else actual.provenance.get("model")
+    if name is None:
+        return compare_traces(actual, expected, None)
+    for trace in (actual, expected):
+        if model is None or "model_hash" in trace.provenance:
+            golden_jobs.check_model(trace, name)
+    if not model_folder(name).is_dir():
+        raise ValueError(f"model {name!r} is no folder here; pass model=FOLDER")
+    models = [load_reference(name, golden_jobs.weights_dtype(trace.provenance)) for trace in (actual, expected)]
+    return compare_traces(actual, expected, *models)
+
+
+def bisect(actual: Trace, expected: Trace, *, model: str | Path | None = None) -> ProbeResult | None:
+    """The first op, in the order of computation, whose own error exceeds its bound; None when every op is honest.
+
+    Each op is judged on the inputs that its own run recorded (same-input replay), so an error is named where it is
+    made.
+    """
+    return compare(actual, expected, model=model).first_failure

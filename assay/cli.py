@@ -1,0 +1,43 @@
+"""The `assay` command's door: answers --help and --version itself, and imports the rest only for real work.
+
+The table of commands is here, so that the help above and the commands' own help (assay/app.py) are one text.
+"""
+
+from __future__ import annotations
+
+import sys
+
+SUMMARY = "Does a Metal LLM engine still compute what its reference computes?"
+COMMANDS = {
+    "run": "Run an engine beside the reference (or a golden) on prompts: probes, first divergence, flips.",
+    "golden": "Stored traces: regenerate, diff, accept, verify, show.",
+    "bisect": "Name the first op whose own error exceeds its bound, from two stored traces.",
+    "doctor": "Show devices and versions, and which lanes can run here or why not.",
+    "list": "List the audits, judged ops, models and goldens.",
+}
+EXIT_CODES = "Exit codes: 0 pass, 1 something failed, 2 could not judge or bad usage."
+
+
+def help_text() -> str:
+    """What `assay --help` prints."""
+    rows = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
+    return (
+        f"Usage: assay COMMAND [OPTIONS]\n\n{SUMMARY}\n\nCommands (assay COMMAND --help has the options):\n{rows}\n\n"
+        f"Options:\n  --version  Show the version.\n  --help     Show this help.\n\n{EXIT_CODES}"
+    )
+
+
+def main() -> None:
+    """Entry point; exits with 0, 1 or 2."""
+    arguments = sys.argv[1:]
+    if arguments in ([], ["--help"], ["-h"], ["help"]):
+        print(help_text())
+        sys.exit(0 if arguments else 2)
+    if arguments == ["--version"]:
+        from assay import __version__
+
+        print(f"assay {__version__}")
+        sys.exit(0)
+    from assay.app import start
+
+    start()

@@ -1,0 +1,127 @@
+"""What is run: a model, tokens and options, as plain data that goes into a Verdict and comes back as a replay."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from goldens.fixture import tasks
+from goldens.fixture.tasks import encode, held_out
+from reference.config import read_config
+
+SHIPPED = "shipped"
+SHIPPED_FOLDER = Path(tasks.__file__).parent.parent / "model"
+TRACES_FOLDER = SHIPPED_FOLDER.parent / "traces"
+# The prompts a run takes when none is given: one example a task, for tasks whose documents differ in length, so that
+# the sliding window (32) wraps in some and not in others, and recall reaches back further than the window.
+DEFAULT_TASKS = ("add", "recall", "chain", "copy", "sort", "balanced")
+RANDOM_LENGTH = 48  # tokens drawn for a model that comes without a vocabulary: one and a half sliding windows
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One run. `chunk` tokens are prefilled at a time, the last `decode` are fed one by one; `answer` is where the
+    answer starts in `tokens` (0: there is none).
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    model: str = SHIPPED
+    dtype: str = "float32"
+    device: str = "auto"
+    chunk: int = 32
+    decode: int = 4
+    seed: int = 0
+    answer: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON-able; `from_dict` takes it back."""
+        options = {"dtype": self.dtype, "device": self.device, "chunk": self.chunk, "decode": self.decode}
+        return {
+            "name": self.name,
+            "model": self.model,
+            "tokens": list(self.tokens),
+            "options": options,
+            "seed": self.seed,
+            "answer": self.answer,
+        }
+
+    @classmethod
+    def from_dict(cls, case: Mapping[str, Any]) -> Case:
+        """The Case of a plain dict: "tokens" is needed; "name", "model", "seed", "answer" and "options" (dtype, device,
+        chunk, decode) have defaults. ValueError names a key that is unknown or a value of the wrong kind."""
+        options = dict(case.get("options", {}))
+        known = {"name", "model", "tokens", "options", "seed", "answer"}
+        if unknown := sorted((set(case) - known) | (set(options) - {"dtype", "device", "chunk", "decode"})):
+            raise ValueError(f"a case has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        if "tokens" not in case:
+            raise ValueError("a case needs 'tokens', a sequence of token ids")
+        try:
+            tokens = tuple(int(t) for t in case["tokens"])
+            numbers = {key: int(options[key]) for key in ("chunk", "decode") if key in options}
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"a case's tokens, chunk and decode are whole numbers ({error})") from error
+        texts = {key: str(options[key]) for key in ("dtype", "device") if key in options}
+        return cls(
+            name=str(case.get("name", "case")),
+            tokens=tokens,
+            model=str(case.get("model", SHIPPED)),
+            seed=int(case.get("seed", 0)),
+            answer=int(case.get("answer", 0)),
+            **texts,
+            **numbers,  # type: ignore[arg-type]  # chunk and decode only
+        )
+
+    def replay_command(self) -> str:
+        """The command that runs this case alone."""
+        words = ["assay", "run", "--model", self.model, "--dtype", self.dtype, "--device", self.device]
+        words += ["--chunk", str(self.chunk), "--decode", str(self.decode), "--tokens", ",".join(map(str, self.tokens))]
+        return shlex.join(words)
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model: "shipped" is the one in the repository."""
+    return SHIPPED_FOLDER if model == SHIPPED else Path(model)
+
+
+def cases_for(
+    model: str, *, prompts: Sequence[str] = (), tokens: str = "", seed: int = 0, **options: Any
+) -> list[Case]:
+    """Cases for `model` with `options` (dtype, device, chunk, decode): the given tokens or prompts, else built-in ones.
+
+    Built in are held-out examples for the shipped model, and random tokens for any other. ValueError for bad input.
+    """
+    if tokens and prompts:
+        raise ValueError("give either --prompt or --tokens")
+    if tokens:
+        bases = [Case(name="tokens", tokens=parse_tokens(tokens), model=model, seed=seed)]
+    elif prompts:
+        if model != SHIPPED:
+            raise ValueError("--prompt is text in the shipped model's vocabulary; for other models give --tokens")
+        bases = [Case(name=f"prompt-{i}", tokens=tuple(encode(p)), seed=seed) for i, p in enumerate(prompts)]
+    elif model == SHIPPED:
+        bases = [example(task, seed) for task in DEFAULT_TASKS]
+    else:
+        vocabulary = read_config(model_folder(model)).vocab_size
+        drawn = np.random.default_rng(seed).integers(vocabulary, size=RANDOM_LENGTH)
+        bases = [Case(name=f"random-{seed}", tokens=tuple(drawn.tolist()), model=model, seed=seed)]
+    return [replace(base, **options) for base in bases]
+
+
+def example(task: str, seed: int) -> Case:
+    """One held-out example of a task, prompt and answer, for the shipped model."""
+    prompt, answer = held_out(task, 1, seed)[0]
+    return Case(name=task, tokens=tuple(encode(prompt + answer)), seed=seed, answer=len(encode(prompt)))
+
+
+def parse_tokens(text: str) -> tuple[int, ...]:
+    """Token ids from "1,2,3"."""
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--tokens takes ids separated by commas, as in 1,5,7 ({error})") from error

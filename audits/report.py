@@ -1,0 +1,209 @@
+"""Showing what was judged: a table for people (rich), JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from audits.compare import Comparison, ProbeResult
+from audits.side_by_side import Judged
+from audits.verdict import Report, Verdict
+from goldens import store
+
+STYLES = {"pass": "green", "fail": "bold red", "skipped": "yellow", "could-not-judge": "yellow"}
+FLIPS_SHOWN = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Row:
+    """The worst of one kind of probe over all layers and cases."""
+
+    case: str
+    result: ProbeResult
+
+
+def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False) -> Table:
+    """A rich Table: one row a kind of probe (its worst over layers and cases), or with `every` one a probe and case."""
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for name in ("probe", "own error / bound", "worst element", "suspicious", "drift rel L2", "max abs", "ULP p99", ""):
+        table.add_column(name, justify="left" if name in ("probe", "worst element", "") else "right", no_wrap=True)
+    for row in _rows(judged, every=every):
+        table.add_row(*_cells(row))
+    return table
+
+
+def _rows(judged: Sequence[Judged], *, every: bool) -> Iterable[_Row]:
+    if every:
+        return [_Row(case=j.case.name, result=p) for j in judged for p in j.comparison.probes]
+    kinds: dict[str, list[_Row]] = {}
+    for j in judged:
+        for p in j.comparison.probes:
+            kinds.setdefault(_kind(p.probe), []).append(_Row(case=j.case.name, result=p))
+    return [max(rows, key=_severity) for rows in kinds.values()]
+
+
+def _kind(probe: str) -> str:
+    """`layers.3.moe.gate` → `moe.gate`."""
+    parts = probe.split(".")
+    return ".".join(parts[2:]) if parts[0] == "layers" else probe
+
+
+def _severity(row: _Row) -> tuple[int, float]:
+    own = row.result.own
+    rank = {"fail": 3, "could-not-judge": 2, "skipped": 1, "pass": 0}[row.result.outcome]
+    if own is not None and own.metrics is not None:
+        return rank, own.metrics.ratio
+    return rank, float(len(row.result.flips))
+
+
+def _cells(row: _Row) -> list[str]:
+    result = row.result
+    own, drift = result.own, result.drift
+    where = f"{row.case} {result.probe}"
+    share = odd = "–"
+    if own is not None and own.metrics is not None:
+        share, odd = _number(own.metrics.ratio), str(own.suspicious or "–")
+        where += "[" + ",".join(str(i) for i in own.metrics.worst.index) + "]"
+    elif result.flips:
+        share = f"{len(result.flips)} flips"
+        odd = f"{sum(flip.explained for flip in result.flips)} explained"
+    figures = [_number(x) for x in (drift.rel_l2, drift.max_abs, drift.ulp[99])] if drift is not None else ["–"] * 3
+    style = STYLES[result.outcome]
+    return [_kind(result.probe), share, escape(where), odd, *figures, f"[{style}]{result.outcome}[/]"]
+
+
+def _number(x: float) -> str:
+    return f"{x:.3g}"
+
+
+def summary_lines(judged: Sequence[Judged]) -> list[str]:
+    """Lines under the table: agreement of the logits, answers, flips with their margins."""
+    lines = []
+    agreements = [j.comparison.logits for j in judged if j.comparison.logits is not None]
+    if agreements:
+        tokens = sum(a.tokens for a in agreements)
+        top1 = sum(a.top1 * a.tokens for a in agreements) / tokens
+        top5 = sum(a.top5 * a.tokens for a in agreements) / tokens
+        top20 = sum(a.top20 * a.tokens for a in agreements) / tokens
+        kl, gap = max(a.kl_max for a in agreements), max(a.max_abs for a in agreements)
+        lines.append(
+            f"logits over {tokens} tokens: top-1 equal {top1:.2%}, top-5 overlap {top5:.2%}, top-20 {top20:.2%},"
+            f" KL at most {kl:.3g} nats, max |Δ| {gap:.3g},"
+            f" smallest top-1 margin {min(a.smallest_margin for a in agreements):.3g}"
+        )
+    if any(j.case.answer for j in judged):
+        right = [(_answer_right(j, "actual"), _answer_right(j, "expected")) for j in judged if j.case.answer]
+        lines.append(
+            f"answers right: engine {sum(a for a, _ in right)} of {len(right)},"
+            f" reference {sum(e for _, e in right)} of {len(right)}"
+        )
+    flips = [(j.case.name, flip) for j in judged for flip in j.comparison.flips]
+    for name, f in flips[:FLIPS_SHOWN]:
+        lines.append(
+            f"flip: {name} {f.probe}[{f.token},{f.slot}] {f.old} → {f.new}, margin {f.margin:.3g}, scores moved"
+            f" {f.drift:.3g}: {'explained' if f.explained else 'NOT explained'}"
+        )
+    if len(flips) > FLIPS_SHOWN:
+        lines.append(f"flips: {len(flips) - FLIPS_SHOWN} more (--json has all)")
+    return lines
+
+
+def _answer_right(judged: Judged, which: str) -> bool:
+    trace = judged.actual if which == "actual" else judged.expected
+    start, token = judged.case.answer, trace.probes.get("token")
+    return token is not None and bool((token[start - 1 : -1] == trace.tokens[start:]).all())
+
+
+def verdict_line(verdict: Verdict) -> str:
+    """One line of rich markup for a verdict."""
+    style = STYLES[verdict.outcome]
+    name = verdict.case.get("name", "")
+    dtype = verdict.case.get("options", {}).get("dtype", "")
+    return f"[{style}]{verdict.outcome.upper()}[/] {verdict.audit} {dtype} {name}: {escape(verdict.message)}"
+
+
+def report_json(report: Report, judged: Sequence[Judged] = ()) -> str:
+    """The whole report as JSON; non-finite numbers are null."""
+    body = {
+        "ok": report.ok,
+        "verdicts": [asdict(verdict) for verdict in report.verdicts],
+        "runs": [
+            {
+                "case": j.case.as_dict(),
+                "engine": {k: v for k, v in j.actual.provenance.items() if k != "tensor_hashes"},
+                **comparison_dict(j.comparison),
+            }
+            for j in judged
+        ],
+    }
+    return json.dumps(_finite(body), indent=1)
+
+
+def comparison_dict(comparison: Comparison) -> dict[str, Any]:
+    """A Comparison as plain data, without arrays."""
+    first = comparison.first_failure
+    return {
+        "outcome": comparison.outcome,
+        "first_failure": first.probe if first else None,
+        "message": comparison.message,
+        "logits": asdict(comparison.logits) if comparison.logits else None,
+        "probes": [_probe_dict(probe) for probe in comparison.probes],
+    }
+
+
+def _probe_dict(result: ProbeResult) -> dict[str, Any]:
+    def own(which: Any) -> Any:
+        if which is None:
+            return None
+        metrics = asdict(which.metrics) if which.metrics else None
+        return {
+            "outcome": which.outcome,
+            "message": which.message,
+            "suspicious": which.suspicious,
+            "metrics": metrics,
+            "wrong": [asdict(wrong) for wrong in which.wrong],
+        }
+
+    return {
+        "probe": result.probe,
+        "outcome": result.outcome,
+        "message": result.message,
+        "own": own(result.own),
+        "expected_own": own(result.expected_own),
+        "drift": asdict(result.drift) if result.drift else None,
+        "inherited": result.inherited,
+        "flips": [{**asdict(flip), "explained": flip.explained} for flip in result.flips],
+    }
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return value
+
+
+def golden_lines(path: Path, *, every: bool = False) -> Iterable[str]:
+    """What a golden holds: hashes, and for each case its provenance and probes (with `every`, one line a probe)."""
+    with store.open(path) as golden:
+        yield f"{path}: {path.stat().st_size:,} bytes, content {golden.content_hash}"
+        for name, trace in golden.cases.items():
+            told = {
+                k: v for k, v in trace.provenance.items() if k not in ("tensor_hashes", "config", "arithmetic", "case")
+            }
+            size = sum(array.nbytes for array in trace.probes.values())
+            yield f"  case {name}: {len(trace.tokens)} tokens, {len(trace.probes)} probes, {size:,} bytes unpacked"
+            yield from (f"    {key}: {value}" for key, value in told.items())
+            for probe, array in trace.probes.items() if every else ():
+                dims = " ".join(f"{label}={n}" for label, n in zip(trace.dims(probe), array.shape, strict=True))
+                yield f"    {probe}: {array.dtype} {dims}"

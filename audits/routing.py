@@ -1,0 +1,104 @@
+"""Which experts were chosen: is a choice right for the scores it was made from, and where do two runs part?
+
+A *flip* is a (token, slot) whose expert one run has and the other has not. The margin is the gap between the expected
+run's scores of the expert that it kept and of the one that came in instead. A flip is explained when that margin is no
+larger than what the two runs' scores differ by there, plus their bounds: then the same rule, fed with the drifted
+scores, flips.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flip:
+    """One expert (or token) that replaced another: `old` in the expected run, `new` in the actual one."""
+
+    probe: str
+    token: int
+    slot: int  # the slot that `old` had in the expected run
+    old: int
+    new: int
+    margin: float  # expected score of old − expected score of new
+    drift: float  # how far the two scores moved between the runs
+    bound: float  # what the score's own arithmetic may add
+
+    @property
+    def explained(self) -> bool:
+        """Whether the drifted scores account for the flip (NaN never does)."""
+        return self.margin <= self.drift + self.bound
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrongChoice:
+    """A chosen id that its own scores don't allow: `missed` scored higher by `margin`, beyond `bound`."""
+
+    token: int
+    slot: int
+    chosen: int
+    missed: int
+    margin: float
+    bound: float
+
+
+def wrong_choices(chosen: Array, scores: Array, bound: Array) -> list[WrongChoice]:
+    """Every place in `chosen` [T,K] (or [T]) that `scores` [T,N], known to within `bound`, rule out.
+
+    A chosen id must be in range, chosen once, and score no lower than every rejected one, up to the two scores' bounds:
+    a tie within them may fall either way.
+    """
+    ids = chosen.reshape(len(chosen), -1).astype(np.int64)
+    n = scores.shape[1]
+    found: list[WrongChoice] = []
+    for t, row in enumerate(ids):
+        rejected = np.setdiff1d(np.arange(n), row)
+        best = _argmax(scores[t] - bound[t], rejected)
+        for s, pick in enumerate(row):
+            seen = bool((row[:s] == pick).any())
+            if not 0 <= pick < n or seen:
+                found.append(
+                    WrongChoice(token=t, slot=s, chosen=int(pick), missed=best, margin=float("inf"), bound=0.0)
+                )
+                continue
+            if best < 0:
+                continue
+            margin, allowed = float(scores[t, best] - scores[t, pick]), float(bound[t, best] + bound[t, pick])
+            if not margin <= allowed:
+                found.append(WrongChoice(token=t, slot=s, chosen=int(pick), missed=best, margin=margin, bound=allowed))
+    return found
+
+
+def flips(probe: str, actual: Array, expected: Array, scores: tuple[Array, Array], bound: Array) -> list[Flip]:
+    """All flips between two runs' choices [T,K]; `scores` are (actual, expected) [T,N], `bound` [T,N] both runs'
+    bounds.
+
+    The order of slots doesn't matter; who left is paired with who came in by rank.
+    """
+    now, before = scores
+    found: list[Flip] = []
+    a_rows, e_rows = actual.reshape(len(actual), -1), expected.reshape(len(expected), -1)
+    for t, (a_row, e_row) in enumerate(zip(a_rows, e_rows, strict=True)):
+        left = [int(i) for i in e_row if i not in a_row]
+        came = [int(i) for i in a_row if i not in e_row]
+        for old, new in zip(left, came, strict=False):
+            if not 0 <= new < before.shape[1]:
+                margin = drift = allowed = float("nan")
+            else:
+                margin = float(before[t, old] - before[t, new])
+                drift = float(abs(now[t, old] - before[t, old]) + abs(now[t, new] - before[t, new]))
+                allowed = float(bound[t, old] + bound[t, new])
+            slot = int(np.flatnonzero(e_row == old)[0])
+            found.append(
+                Flip(probe=probe, token=t, slot=slot, old=old, new=new, margin=margin, drift=drift, bound=allowed)
+            )
+    return found
+
+
+def _argmax(scores: Array, among: Array) -> int:
+    return int(among[np.argmax(scores[among])]) if among.size else -1
