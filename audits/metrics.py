@@ -54,7 +54,8 @@ def ulp_distance(actual: Array, expected: Array, dtype: str) -> Array:
     """|actual − expected| in units in the last place that `dtype` has at `expected` (float64 in, float64 out)."""
     bits, low = _ULP_FORMATS.get(dtype, _ULP_FORMATS["float64"])
     exponent = np.where(expected == 0, low, np.maximum(np.frexp(np.abs(expected))[1] - 1, low))
-    return np.abs(actual - expected) / np.ldexp(1.0, exponent - bits)
+    distance: Array = np.abs(actual - expected) / np.ldexp(1.0, exponent - bits)
+    return distance
 
 
 def measure(actual: Array, expected: Array, bound: Array | None = None) -> Metrics:
@@ -74,7 +75,8 @@ def measure(actual: Array, expected: Array, bound: Array | None = None) -> Metri
         outside = ~(error <= b)
         ratio = np.where(error == 0, 0.0, np.where(b > 0, error / b, np.inf))
         ratio = np.where(np.isnan(ratio), np.inf, ratio)
-        power, total = np.sum(e * e), np.sum(error * error)
+        total = np.sum(error * error)
+        nmse = float(total / max(np.sum(e * e), 1e-300))
         rows = error.reshape(len(a), -1)
         row_power = np.sqrt(np.sum(e.reshape(len(a), -1) ** 2, axis=1))
         row_rel = np.sqrt(np.sum(rows * rows, axis=1)) / np.maximum(row_power, 1e-300)
@@ -87,8 +89,8 @@ def measure(actual: Array, expected: Array, bound: Array | None = None) -> Metri
         count=a.size,
         max_abs=float(np.max(error)),
         rms=float(np.sqrt(total / a.size)),
-        rel_l2=float(np.sqrt(total / max(power, 1e-300))),
-        nmse=float(total / max(power, 1e-300)),
+        rel_l2=float(np.sqrt(nmse)),
+        nmse=nmse,
         ulp={p: float(np.percentile(ulps, p, method="higher")) for p in PERCENTILES},
         nonfinite=int(np.sum(~np.isfinite(a))),
         outside=int(outside.sum()),

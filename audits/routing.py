@@ -53,24 +53,29 @@ def wrong_choices(chosen: Array, scores: Array, bound: Array) -> list[WrongChoic
     A chosen id must be in range, chosen once, and score no lower than every rejected one, up to the two scores' bounds:
     a tie within them may fall either way.
     """
-    ids = chosen.reshape(len(chosen), -1).astype(np.int64)
-    n = scores.shape[1]
     found: list[WrongChoice] = []
-    for t, row in enumerate(ids):
-        rejected = np.setdiff1d(np.arange(n), row)
-        best = _argmax(scores[t] - bound[t], rejected)
-        for s, pick in enumerate(row):
-            seen = bool((row[:s] == pick).any())
-            if not 0 <= pick < n or seen:
-                found.append(
-                    WrongChoice(token=t, slot=s, chosen=int(pick), missed=best, margin=float("inf"), bound=0.0)
-                )
-                continue
-            if best < 0:
-                continue
-            margin, allowed = float(scores[t, best] - scores[t, pick]), float(bound[t, best] + bound[t, pick])
-            if not margin <= allowed:
-                found.append(WrongChoice(token=t, slot=s, chosen=int(pick), missed=best, margin=margin, bound=allowed))
+    for t, row in enumerate(chosen.reshape(len(chosen), -1).astype(np.int64)):
+        if np.isfinite(scores[t]).all() and np.isfinite(bound[t]).all():
+            found += _wrong_in_row(t, row.tolist(), scores[t], bound[t])
+        else:
+            found.append(WrongChoice(token=t, slot=0, chosen=int(row[0]), missed=-1, margin=float("nan"), bound=0.0))
+    return found
+
+
+def _wrong_in_row(token: int, row: list[int], scores: Array, bound: Array) -> list[WrongChoice]:
+    """Who is among `row` but not among the best is paired, by rank, with who is among the best but not in `row`."""
+    best = np.argsort(-scores, kind="stable")[: len(row)].tolist()
+    missed = [expert for expert in best if expert not in row]
+    invalid = [s for s, pick in enumerate(row) if not 0 <= pick < len(scores) or pick in row[:s]]
+    found = [
+        WrongChoice(token=token, slot=s, chosen=row[s], missed=missed.pop(0), margin=float("inf"), bound=0.0)
+        for s in invalid
+    ]
+    intruders = [s for s, pick in enumerate(row) if s not in invalid and pick not in best]
+    for s, expert in zip(sorted(intruders, key=lambda s: -scores[row[s]]), missed, strict=True):
+        margin, allowed = float(scores[expert] - scores[row[s]]), float(bound[expert] + bound[row[s]])
+        if not margin <= allowed:
+            found.append(WrongChoice(token=token, slot=s, chosen=row[s], missed=expert, margin=margin, bound=allowed))
     return found
 
 
@@ -98,7 +103,3 @@ def flips(probe: str, actual: Array, expected: Array, scores: tuple[Array, Array
                 Flip(probe=probe, token=t, slot=slot, old=old, new=new, margin=margin, drift=drift, bound=allowed)
             )
     return found
-
-
-def _argmax(scores: Array, among: Array) -> int:
-    return int(among[np.argmax(scores[among])]) if among.size else -1
