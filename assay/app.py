@@ -69,7 +69,11 @@ def run_command(
     from audits.side_by_side import audit_model
 
     if golden is not None:
-        judge([Job(title=str(golden), steps=lambda advance: verify(golden, device, advance))], json, every=probes)
+        if prompt or tokens:
+            raise ValueError("--golden says which tokens to run; leave out --prompt and --tokens")
+        elsewhere = "" if model == "shipped" else model
+        steps = [Job(title=str(golden), steps=lambda advance: verify(golden, device, advance, model=elsewhere))]
+        judge(steps, json, every=probes)
     jobs = []
     for name in dict.fromkeys(dtype):
         cases = cases_for(

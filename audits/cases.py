@@ -63,19 +63,19 @@ class Case:
             raise ValueError("a case needs 'tokens', a sequence of token ids")
         try:
             tokens = tuple(int(t) for t in case["tokens"])
-            numbers = {key: int(options[key]) for key in ("chunk", "decode") if key in options}
+            return cls(
+                name=str(case.get("name", "case")),
+                tokens=tokens,
+                model=str(case.get("model", SHIPPED)),
+                dtype=str(options.get("dtype", cls.dtype)),
+                device=str(options.get("device", cls.device)),
+                chunk=int(options.get("chunk", cls.chunk)),
+                decode=int(options.get("decode", cls.decode)),
+                seed=int(case.get("seed", 0)),
+                answer=int(case.get("answer", 0)),
+            )
         except (TypeError, ValueError) as error:
-            raise ValueError(f"a case's tokens, chunk and decode are whole numbers ({error})") from error
-        texts = {key: str(options[key]) for key in ("dtype", "device") if key in options}
-        return cls(
-            name=str(case.get("name", "case")),
-            tokens=tokens,
-            model=str(case.get("model", SHIPPED)),
-            seed=int(case.get("seed", 0)),
-            answer=int(case.get("answer", 0)),
-            **texts,
-            **numbers,  # type: ignore[arg-type]  # chunk and decode only
-        )
+            raise ValueError(f"a case's tokens, chunk, decode and seed are whole numbers ({error})") from error
 
     def replay_command(self) -> str:
         """The command that runs this case alone."""
@@ -99,7 +99,7 @@ def cases_for(
     if tokens and prompts:
         raise ValueError("give either --prompt or --tokens")
     if tokens:
-        bases = [Case(name="tokens", tokens=parse_tokens(tokens), model=model, seed=seed)]
+        bases = [Case(name="given", tokens=parse_tokens(tokens), model=model, seed=seed)]
     elif prompts:
         if model != SHIPPED:
             raise ValueError("--prompt is text in the shipped model's vocabulary; for other models give --tokens")

@@ -82,22 +82,26 @@ def diff(path: Path) -> Iterator[Judged]:
             yield _judge(actual, accepted.cases[name], "golden diff")
 
 
-def verify(path: Path, device: str = "auto", advance: Advance = lambda _: None) -> Iterator[Judged]:
-    """Re-run every case of a golden on the MLX engine and judge both runs; integrity is checked on opening."""
+def verify(path: Path, device: str = "auto", advance: Advance = lambda _: None, *, model: str = "") -> Iterator[Judged]:
+    """Re-run every case of a golden on the MLX engine and judge both runs; integrity is checked on opening.
+
+    `model` is where the model is now, if not where the golden says. GoldenError when it isn't the same model.
+    """
     with store.open(path) as golden:
         engine: Any = None
         for name, expected in golden.cases.items():
             advance(name)
-            case = replace(_case_of(expected), device=device)
-            check_model(expected)
+            stored = _case_of(expected)
+            case = replace(stored, device=device, model=model or stored.model)
+            check_model(expected, case.model)
             engine = engine or load_engine(case)
             actual = run(engine, replace(case, device=engine.provenance["device"]))
-            yield _judge(actual, expected, "golden verify")
+            yield _judge(actual, expected, "golden verify", case.model)
 
 
 def check_model(trace: Trace, model: str = "") -> None:
     """GoldenError unless the model at hand is the one that the stored Trace was made with; names what differs."""
-    model = model or _stored_model(trace.provenance)
+    model = model or str(trace.provenance.get("model", SHIPPED))
     found = model_fingerprint(model)
     if trace.provenance.get("model_hash") != found.model_hash:
         changed = differences(trace.provenance, found)
@@ -117,10 +121,10 @@ def bisect(actual: Path, expected: Path | None) -> Iterator[tuple[str, ProbeResu
             yield name, _judge(trace, before.cases[name], "bisect").comparison.first_failure
 
 
-def _judge(actual: Trace, expected: Trace, audit: str) -> Judged:
+def _judge(actual: Trace, expected: Trace, audit: str, model: str = "") -> Judged:
     case = _case_of(actual)
-    check_model(actual)
-    check_model(expected)
+    check_model(actual, model)
+    check_model(expected, model)
     models = [load_reference(case.model, weights_dtype(trace.provenance)) for trace in (actual, expected)]
     comparison = compare(actual, expected, *models)
     return Judged(
@@ -135,10 +139,6 @@ def _case_of(trace: Trace) -> Case:
         raise GoldenError(
             f"case {trace.case!r}: its provenance doesn't say how it was run ({error}); regenerate it"
         ) from error
-
-
-def _stored_model(provenance: Mapping[str, Any]) -> str:
-    return str(provenance.get("model", SHIPPED))
 
 
 def weights_dtype(provenance: Mapping[str, Any]) -> str:

@@ -9,12 +9,13 @@ shape, the entry is the weakest of them. The keys of a claim are
     output        what the result is rounded to, once
 
 and the values are dtype names, with "input" for the run's dtype. Evidence: [M] measured with MLX 0.32.4 by comparing
-with float64 (tests/engine/test_arithmetic.py repeats the CPU's), [H] the Metal headers that MLX 0.32.4 installs,
-[S] MLX's sources of 2026. Elementwise steps that the engine itself does in float32 (router, SwiGLU, combine) are the
-engine's own choice and the same everywhere.
+with float64 (tests/engine/test_engine_arithmetic.py repeats the CPU's), [H] the Metal headers that MLX 0.32.4
+installs, [S] MLX's sources of 2026. What the engine itself does in float32 (router, SwiGLU, combine) is its own choice
+and the same everywhere.
 
-Not claimed here: how exact exp, sin and cos are. On the CPU exp is off by up to (|x| + 2)·2⁻²⁴ of its value, and is 0
-below −88 [M]; Metal allows fast::exp 3 + ⌊2|x|⌋ ulp (Metal Shading Language specification, relative error table).
+Not claimed here: how exact exp, sin and cos are. On the CPU exp is off by up to (1.25|x| + 2)·2⁻²⁴ of its value, and is
+0 where that would be subnormal, below −87.3 [M]; Metal allows fast::exp 3 + ⌊2|x|⌋ ulp (Metal Shading Language
+specification, table of relative errors).
 """
 
 from __future__ import annotations

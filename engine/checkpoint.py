@@ -223,7 +223,8 @@ def _gguf_experts(folder: Path, weights: Mapping[str, Weight]) -> dict[str, np.n
             expected = list(weights[name].shape)
             raise CheckpointError(f"{path}: {gguf_name} has shape {list(shape)}; {expected} is expected")
         try:
-            dense = data.astype(np.float32) if kind in ("F16", "F32") else kquants.dequantize(data, kind)
+            with np.errstate(invalid="ignore", over="ignore"):  # What isn't finite is refused below, by name.
+                dense = data.astype(np.float32) if kind in ("F16", "F32") else kquants.dequantize(data, kind)
         except ValueError as error:
             raise CheckpointError(f"{path}: {gguf_name}: {error}") from None
         stacks[name] = dense.reshape(shape)

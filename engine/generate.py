@@ -17,7 +17,7 @@ import numpy as np
 from engine.arithmetic import arithmetic
 from engine.cache import Cache, make_cache
 from engine.checkpoint import load_checkpoint
-from engine.config import DTYPES, Config, Quantization, read_config
+from engine.config import DTYPES, Config, read_config
 from engine.device import Device, select
 from engine.layers import has_packed_experts, widen_experts
 from engine.model import Decoder
@@ -67,7 +67,9 @@ class Engine:
             "device": self.device.name,
             "device_info": self.device.detail,
             "dtype": self.dtype,
-            "arithmetic": arithmetic(self.device, self.dtype, self.config, packed_experts=has_packed_experts(self.model)),
+            "arithmetic": arithmetic(
+                self.device, self.dtype, self.config, packed_experts=has_packed_experts(self.model)
+            ),
         }
 
     def run(self, tokens: Sequence[int], *, tap: Tap | None = None, chunk: int | None = None, decode: int = 0) -> None:
@@ -117,29 +119,12 @@ class Engine:
         return generated
 
     def weights(self) -> Iterator[tuple[str, Array]]:
-        """The parameters in use, under the checkpoint's names: in the run's dtype, or float32 if affine-quantised."""
-        flat = parameters(self.model)
-        for name, x in flat.items():
-            stem = name.removesuffix("weight")
-            if name.endswith((".scales", ".biases")):
-                continue
-            if f"{stem}scales" in flat:
-                yield name, to_numpy(self._dequantized(x, flat[f"{stem}scales"], flat[f"{stem}biases"]))
-            elif name.endswith(".e_score_correction_bias"):
-                yield name, to_numpy(x)
-            else:
-                yield name, to_numpy(x.astype(getattr(mx, self.dtype)))
+        """The parameters exactly as held, under the checkpoint's names: affine weights as codes, scales and biases.
 
-    def _dequantized(self, codes: mx.array, scales: mx.array, biases: mx.array) -> mx.array:
-        quantization = self.config.quantization
-        assert isinstance(quantization, Quantization)
-        return mx.dequantize(
-            codes,
-            scales.astype(mx.float32),
-            biases.astype(mx.float32),
-            group_size=quantization.group_size,
-            bits=quantization.bits,
-        )
+        In the run's dtype, but for the correction bias and, on the CPU, dense expert stacks, which are float32.
+        """
+        for name, x in parameters(self.model).items():
+            yield name, to_numpy(x)
 
     def _step(self, tokens: Sequence[int], caches: list[Cache], tap: Tap | None) -> int:
         """Feed `tokens` (L) at once; the greedy next token. One evaluation, then the probes go to the tap."""

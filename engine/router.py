@@ -45,11 +45,11 @@ def sqrtsoftplus(x: mx.array) -> mx.array:
 def top_k(scores: mx.array, k: int) -> mx.array:
     """(T, E) float32 → (T, K) int32: ids of the k largest, descending, lowest id first among equals.
 
-    Sort algorithms differ by backend in what they do with equals, so there are none here: score and id are packed
-    into one integer. A float32's bits, as an integer with negative values mirrored, are ordered as the floats are;
-    adding 0.0 makes −0 equal to +0.
+    Sort algorithms differ by backend in what they do with equals, so there are none here: score and id are packed into
+    one integer. A float32's bits, as an integer with negative values mirrored, are ordered as the floats are, once −0
+    is made +0.
     """
-    bits = (scores + 0.0).view(mx.int32)
+    bits = mx.where(scores == 0, 0.0, scores).view(mx.int32)
     ordered = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits).astype(mx.int64)
     ids = mx.arange(scores.shape[-1], dtype=mx.int64)
     best = mx.sort(ids - ordered * _ID_RANGE, axis=-1)[..., :k]

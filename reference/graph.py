@@ -69,6 +69,10 @@ def decoder_graph(config: Config, weights: Weights) -> list[Node]:
     return nodes
 
 
+def _viewed(found: Bounded, view: Callable[[Tensor], Tensor]) -> Bounded:
+    return Bounded(expected=view(found.expected), bound=view(found.bound), likely=view(found.likely))
+
+
 def _attention_block(
     prefix: str, hidden: str, tensors: str, config: Config, weights: Weights, window: int | None
 ) -> list[Node]:
@@ -147,11 +151,11 @@ def _norm(probe: str, source: str, weight: Weight, config: Config) -> Node:
 
 def _linear(probe: str, source: str, weight: Weight, shape: tuple[int, ...], claims: str = "") -> Node:
     def forward(x: Tensor, dtype: torch.dtype) -> Tensor:
-        return (x.flatten(1) @ weight.to(dtype).T).unflatten(1, shape)
+        return (x.flatten(1) @ weight.to(dtype).T).reshape(len(x), *shape)
 
     def judge(arith: Arithmetic, x: Tensor) -> Bounded:
         flat = bounds.linear(x.flatten(1), weight.exact, arith, abs_w=weight.magnitude)
-        return Bounded(**{name: getattr(flat, name).unflatten(1, shape) for name in ("expected", "bound", "likely")})
+        return _viewed(flat, lambda tensor: tensor.reshape(len(x), *shape))
 
     kind = "quantized_linear" if weight.magnitude is not None else "linear"
     return Node(probe=probe, inputs=(source,), shape=shape, claims=claims or kind, forward=forward, judge=judge)
@@ -172,16 +176,17 @@ def _rope(probe: str, source: str, shape: tuple[int, ...], config: Config) -> No
 def _attention(attn: str, config: Config, sinks: Weight | None, window: int | None) -> Node:
     scale = config.head_dim**-0.5
 
+    # Probes are token-major [T,H,Dh], the formulas head-major [H,T,Dh].
     def forward(q: Tensor, k: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
-        mask = ops.causal_mask(len(q), len(k), window)
-        heads = (x.transpose(0, 1) for x in (q, k, v))
-        return ops.attention(*heads, scale, mask, None if sinks is None else sinks.to(dtype)).transpose(0, 1)
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        mask = ops.causal_mask(q.shape[1], k.shape[1], window)
+        return ops.attention(q, k, v, scale, mask, None if sinks is None else sinks.to(dtype)).transpose(0, 1)
 
     def judge(arith: Arithmetic, q: Tensor, k: Tensor, v: Tensor) -> Bounded:
-        mask = ops.causal_mask(len(q), len(k), window)
-        heads = (x.transpose(0, 1) for x in (q, k, v))
-        found = bounds.attention(*heads, scale, mask, None if sinks is None else sinks.exact, arith)
-        return Bounded(**{name: getattr(found, name).transpose(0, 1) for name in ("expected", "bound", "likely")})
+        q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+        mask = ops.causal_mask(q.shape[1], k.shape[1], window)
+        found = bounds.attention(q, k, v, scale, mask, None if sinks is None else sinks.exact, arith)
+        return _viewed(found, lambda tensor: tensor.transpose(0, 1))
 
     return Node(
         probe=attn + "context",
@@ -254,14 +259,14 @@ def _experts(probe: str, source: str, moe: str, stack: Weight, shape: tuple[int,
 
     def forward(x: Tensor, ids: Tensor, dtype: torch.dtype) -> Tensor:
         out = torch.empty(*ids.shape, shape[1], dtype=dtype)
-        for expert in ids.unique():
+        for expert in sorted(set(ids.flatten().tolist())):
             slot = (ids == expert).nonzero()
             out[slot[:, 0], slot[:, 1]] = rows(x, slot) @ stack.to(dtype)[expert].T
         return out
 
     def judge(arith: Arithmetic, x: Tensor, ids: Tensor) -> Bounded:
         out = {name: torch.empty(*ids.shape, shape[1], dtype=torch.float64) for name in ("expected", "bound", "likely")}
-        for expert in ids.unique():
+        for expert in sorted(set(ids.flatten().tolist())):
             slot = (ids == expert).nonzero()
             magnitude = None if stack.magnitude is None else stack.magnitude[expert]
             found = bounds.linear(rows(x, slot), stack.exact[expert], arith, abs_w=magnitude)

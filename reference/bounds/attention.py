@@ -289,6 +289,8 @@ def _sums(keys: _Keys, weights: _Weights, moved: Tensor, count: Count, arith: Ar
     denominator = _total(weights.p, whole, torch.zeros_like(whole), count, u)
     denominator = denominator + weights.rescaled.sum(-1, keepdim=True)
     if narrower(arith.intermediate, arith.accumulate):
-        denominator = denominator + 2 * unit(arith.intermediate)
+        numerator = numerator + storing_anywhere(reach + numerator, arith.intermediate)
+        denominator = denominator + unit(arith.intermediate) * (whole + denominator)
     second_order = 1 + (1 + DIVIDE) * u
-    return moved + _over((numerator + reach * denominator) * second_order, denominator)
+    total = moved + _over((numerator + reach * denominator) * second_order, denominator)
+    return torch.where(keys.visible.double() @ size == 0, 0.0, total)  # no key, or none with a value: zeros

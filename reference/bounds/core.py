@@ -2,7 +2,7 @@
 
 Model of arithmetic (Higham, Accuracy and Stability, §2.2 and §2.8): fl(x op y) = (x op y)(1 + δ) + η with |δ| ≤ u and
 |η| ≤ UNDERFLOW. Nothing is assumed about the order of a sum, about fused multiply-add, or about how an exponential is
-rescaled on the way; exp(0) = 1 and multiplication by one or a power of two are exact.
+rescaled on the way; exp(0) = 1 and multiplication or division by a power of two are exact.
 
 The exact result is itself computed in float64; its error is carried by adding 2⁻⁵³ to every unit roundoff.
 """
@@ -69,6 +69,11 @@ def probabilistic(n: Tensor) -> Tensor:
 def unit(dtype: str) -> float:
     """Unit roundoff of `dtype`, widened by that of the float64 the exact result is computed in."""
     return UNIT_ROUNDOFF[dtype] + UNIT_ROUNDOFF["float64"]
+
+
+def quotient(divisor: int) -> float:
+    """Relative error, in u, of a division by a constant: none for a power of two, whose reciprocal is exact."""
+    return 0.0 if divisor & (divisor - 1) == 0 else DIVIDE
 
 
 def narrower(dtype: str, than: str) -> bool:

@@ -21,7 +21,7 @@ from reference.bounds.core import (
     narrower,
     overflow,
     products_exact,
-    rounding,
+    quotient,
     storing,
     summation,
     underflow,
@@ -33,7 +33,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, arith: Arithmetic) -> Bounde
     """x [..., D], weight [D] -> RMSNorm [..., D] with its bound.
 
     v = Σx²/D + eps: D − 1 additions of non-negative terms (only those that are not zero), the squares unless exact, one
-    division, the constant and the addition of eps; relative error ρ. Then (1 − ρ)^−½ − 1 (about ρ/2), RSQRT and x·r
+    division by D, the constant and the addition of eps; relative error ρ. Then (1 − ρ)^−½ − 1 (about ρ/2), RSQRT and x·r
     (or a square root, u, and a division, DIVIDE), and the product with the weight. A narrower intermediate stores x·r.
     """
     u, eta = unit(arith.accumulate), underflow(arith)
@@ -47,7 +47,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, arith: Arithmetic) -> Bounde
     def error(count: Count) -> Tensor:
         squared = 0.0 if products_exact(arith) else u
         summed = mean * (summation(count(n - 1), 1.0 + squared * torch.ones_like(n), u) + squared)
-        absolute = summed + DIVIDE * u * (mean + summed) + 3 * eta + u * eps
+        absolute = summed + quotient(x.shape[-1]) * u * (mean + summed) + 3 * eta + u * eps
         rho = (absolute + u * (mean + eps + absolute)) * power**2
         root = torch.where(rho < 1, (1 - rho).clamp(min=1e-300).rsqrt() - 1, HUGE)
         steps = max(RSQRT + 1, 1 + DIVIDE) * u
@@ -76,7 +76,7 @@ def rope(x: Tensor, positions: Tensor, base: float, arith: Arithmetic) -> Bounde
     half = x.shape[-1] // 2
     angles = ops.rope_angles(positions, x.shape[-1], base)[:, None, :]
     exponent = math.log(base) * torch.arange(half, dtype=torch.float64) / half
-    roundings = 2 + (0 if half & (half - 1) == 0 else DIVIDE)
+    roundings = 2 + quotient(half)
     turn = (angles.abs() * ((exponent * roundings + EXP + 1) * u) * (1 + 8 * u)).repeat(1, 1, 2)
     cos, sin = angles.cos().abs().repeat(1, 1, 2), angles.sin().abs().repeat(1, 1, 2)
     first, second = x.abs(), x.abs().roll(half, dims=-1)
@@ -136,5 +136,3 @@ def sigmoid_error(x: Tensor, u: float) -> Tensor:
     first = part * torch.expm1(((2 * x.abs() + EXP) * u).clamp(max=600.0))
     return first + (1 + first) * (2 + DIVIDE) * u
 
-
-__all__ = ["rms_norm", "rope", "rounding", "sigmoid_error", "swiglu"]

@@ -32,10 +32,7 @@ def linear(x: Tensor, w: Tensor, arith: Arithmetic, abs_w: Tensor | None = None)
     scales applied to terms or to the partial sums of a group, has 2k − 1 additions of subsets of those terms.
     """
     flat = x.reshape(-1, x.shape[-1])
-    if abs_w is None:
-        result = matmul(flat, w.T, arith)
-    else:
-        result = _distributed(flat, w.T, abs_w.T, arith)
+    result = matmul(flat, w.T, arith) if abs_w is None else _distributed(flat, w.T, abs_w.T, arith)
     shape = (*x.shape[:-1], w.shape[0])
     return Bounded(
         expected=result.expected.reshape(shape), bound=result.bound.reshape(shape), likely=result.likely.reshape(shape)
@@ -92,6 +89,7 @@ def _inner(
 ) -> Bounded:
     """Bound of a sum with Σ|terms| = absolute, each term rounded leaf_roundings times unless exact, then added."""
     u = unit(arith.accumulate)
+    slack = torch.where(absolute == 0, 0.0, slack)  # nothing but zeros was multiplied
     widened = absolute if operands is None else absolute + operands
     leaves = torch.zeros_like(absolute) if exact_products else leaf_roundings * u * (1 + u) ** 2 * widened
     partial = largest_partial(widened, expected.abs() + (0 if operands is None else operands)) + leaves
