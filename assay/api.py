@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from audits import golden_jobs
 from audits.cases import model_folder
 from audits.compare import Comparison, ProbeResult
 from audits.compare import compare as compare_traces
-from audits.side_by_side import load_reference
+from audits.golden_jobs import weights_dtype
+from audits.side_by_side import load_reference, model_fingerprint
 from audits.side_by_side import run as run_case
+from goldens.matching import check_model
 from goldens.trace import Trace
 
 
@@ -35,12 +36,12 @@ def compare(actual: Trace, expected: Trace, *, model: str | Path | None = None) 
     name = str(model) if model is not None else actual.provenance.get("model")
     if name is None:
         return compare_traces(actual, expected, None)
-    for trace in (actual, expected):
-        if model is None or "model_hash" in trace.provenance:
-            golden_jobs.check_model(trace, name)
     if not model_folder(name).is_dir():
         raise ValueError(f"model {name!r} is no folder here; pass model=FOLDER")
-    models = [load_reference(name, golden_jobs.weights_dtype(trace.provenance)) for trace in (actual, expected)]
+    for trace in (actual, expected):
+        if model is None or "model_hash" in trace.provenance:
+            check_model(trace, model_fingerprint(name))
+    models = [load_reference(name, weights_dtype(trace.provenance)) for trace in (actual, expected)]
     return compare_traces(actual, expected, *models)
 
 

@@ -19,6 +19,7 @@ from audits.logits import LogitsAgreement, agreement
 from audits.metrics import Metrics, measure
 from audits.routing import Flip, flips
 from audits.verdict import Outcome
+from goldens.matching import check_tokens
 from goldens.trace import Trace
 from reference.model import Reference
 
@@ -91,11 +92,7 @@ def compare(
     `model` holds the weights as the actual run's dtype rounds them, `expected_model` (default: `model`) as the expected
     run's does; without a model the traces are compared within TOLERANCES. ValueError when the tokens differ.
     """
-    if not np.array_equal(actual.tokens, expected.tokens):
-        raise ValueError(
-            f"the two traces ran different tokens ({len(actual.tokens)} and {len(expected.tokens)});"
-            " run the same prompt"
-        )
+    check_tokens(expected, actual.tokens)
     if model is None:
         probes = _without_model(actual, expected)
         judged_by = "within the dtype's tolerance (no model to replay)"

@@ -11,12 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from audits.cases import SHIPPED, TRACES_FOLDER, Case, example
+from audits.cases import TRACES_FOLDER, Case, example
 from audits.compare import ProbeResult, compare
 from audits.side_by_side import Judged, load_engine, load_reference, model_fingerprint, run, to_verdict
 from goldens import store, workflow
 from goldens.errors import GoldenError
-from goldens.fingerprint import differences
+from goldens.matching import check_model
 from goldens.trace import Trace
 
 # The committed goldens: one file a dtype, of these tasks. Two prompts keep them under 20 MB: one inside the sliding
@@ -93,23 +93,10 @@ def verify(path: Path, device: str = "auto", advance: Advance = lambda _: None, 
             advance(name)
             stored = _case_of(expected)
             case = replace(stored, device=device, model=model or stored.model)
-            check_model(expected, case.model)
+            check_model(expected, model_fingerprint(case.model))
             engine = engine or load_engine(case)
             actual = run(engine, replace(case, device=engine.provenance["device"]))
             yield _judge(actual, expected, "golden verify", case.model)
-
-
-def check_model(trace: Trace, model: str = "") -> None:
-    """GoldenError unless the model at hand is the one that the stored Trace was made with; names what differs."""
-    model = model or str(trace.provenance.get("model", SHIPPED))
-    found = model_fingerprint(model)
-    if trace.provenance.get("model_hash") != found.model_hash:
-        changed = differences(trace.provenance, found)
-        listed = "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-        raise GoldenError(
-            f"case {trace.case!r} was stored for another model than {model!r} ({listed or 'no tensor hashes stored'});"
-            " restore the model, or run `assay golden regenerate` if the change is meant"
-        )
 
 
 def bisect(actual: Path, expected: Path | None) -> Iterator[tuple[str, ProbeResult | None]]:
@@ -123,8 +110,9 @@ def bisect(actual: Path, expected: Path | None) -> Iterator[tuple[str, ProbeResu
 
 def _judge(actual: Trace, expected: Trace, audit: str, model: str = "") -> Judged:
     case = _case_of(actual)
-    check_model(actual, model)
-    check_model(expected, model)
+    found = model_fingerprint(model or case.model)
+    check_model(actual, found)
+    check_model(expected, found)
     models = [load_reference(case.model, weights_dtype(trace.provenance)) for trace in (actual, expected)]
     comparison = compare(actual, expected, *models)
     return Judged(

@@ -14,7 +14,6 @@ from typing import Any
 
 from goldens.errors import GoldenError
 
-
 # Beside config.json in a published checkpoint.
 PUBLISHED = "fingerprint.json"
 
@@ -64,7 +63,9 @@ def changes_since_published(folder: str | Path, found: Fingerprint) -> list[str]
 
 def differences(stored: Mapping[str, Any], found: Fingerprint) -> list[str]:
     """What differs between a stored provenance ("tensor_hashes", "config") and a checkpoint, in words."""
-    old, new = stored.get("tensor_hashes", {}), found.tensor_hashes
+    if not isinstance(stored.get("tensor_hashes"), Mapping) or not isinstance(stored.get("config", {}), Mapping):
+        return []
+    old, new = stored["tensor_hashes"], found.tensor_hashes
     changed = [f"tensor {name} changed" for name in new if name in old and old[name] != new[name]]
     changed += [f"tensor {name} is new" for name in new if name not in old]
     changed += [f"tensor {name} is gone" for name in old if name not in new]

@@ -97,7 +97,7 @@ def seal(image: bytes) -> bytes:
 
 
 def broken_seal(data: bytes) -> str | None:
-    """Why the bytes of a file aren't those that were sealed, or None; raises GoldenError for what was never a golden."""
+    """Why a file's bytes aren't those that were sealed, or None; raises GoldenError for what was never a golden."""
     head = _HEADER.fullmatch(data[:USER_BLOCK])
     if head is None or len(data) <= USER_BLOCK:
         return _without_header(data)
@@ -127,13 +127,13 @@ def check_version(schema: str, version: int) -> None:
 def check_structure(data: bytes) -> None:
     """Raise ValueError for damage that HDF5 would walk into, unlike all that it finds by its own checksums.
 
-    The format that goldens are written in has a checksum on every structure, except (HDF5 File Format Specification, III.E)
-    global heaps, which hold the dimension labels: there a wrong length sends HDF5 2.0 into an endless loop. Older
-    superblocks lead to the structures of old, without checksums.
+    The format that goldens are written in has a checksum on every structure except global heaps (HDF5 File Format
+    Specification, III.E), which hold the dimension labels: there a wrong length sends HDF5 2.0 into an endless loop.
+    Older superblocks lead to the structures of old, without checksums.
     """
     if data[USER_BLOCK : USER_BLOCK + 9] != HDF5_SIGNATURE + b"\3":
         raise ValueError("no superblock of version 3")
-    for heap in re.finditer(rb"GCOL\x01\x00{3}", data):
+    for heap in re.finditer(rb"GCOL\x01...", data, re.DOTALL):
         start, end = heap.end() + 8, heap.start() + int.from_bytes(data[heap.end() : heap.end() + 8], "little")
         if end > len(data):
             raise ValueError("a global heap reaches beyond the end")

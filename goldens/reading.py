@@ -175,7 +175,10 @@ def _attribute(holder: Any, where: str, name: str) -> Any:
     value = holder.attrs[name]
     if expected == h5py.h5t.INTEGER:
         return int(value)
-    return value.decode() if isinstance(value, bytes) else str(value)
+    try:
+        return value.decode() if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        raise damaged(f"attribute {name!r} of {where} isn't UTF-8") from None
 
 
 def _check_children(group: Any, where: str, expected: tuple[str, ...], kind: int, seen: set[int]) -> None:

@@ -43,7 +43,7 @@ from goldens.integrity import (
 from goldens.reading import MAX_BYTES, STORAGE, TOKENS, read
 from goldens.trace import Array, Trace
 
-__all__ = ["SCHEMA", "SCHEMA_VERSION", "Golden", "check_matches", "encode", "open", "write"]
+__all__ = ["SCHEMA", "SCHEMA_VERSION", "Golden", "encode", "open", "write"]
 
 # Measured on float32 activations (128 tokens, widths 256 to 4096): levels 1, 4, 6 and 9 leave 87.0, 86.4, 86.1 and
 # 86.0 % of the bytes at 65, 54, 27 and 12 MB/s; without shuffle, level 4 leaves 93.3 %. bfloat16: 72.4 % with, 80.3 %
@@ -118,8 +118,8 @@ def write(path: str | Path, traces: Sequence[Trace]) -> str:
     name twice or with "/", a dtype not in STORAGE, a probe whose first axis isn't the tokens'.
     """
     path = Path(path)
-    data, content_hash = encode(path, traces)
     with files.lock(path):
+        data, content_hash = encode(path, traces)
         files.replace(path, data)
     return content_hash
 
@@ -139,41 +139,6 @@ def encode(path: Path, traces: Sequence[Trace]) -> tuple[bytes, str]:
     except Exception as error:  # h5py raises nearly every built-in exception
         raise GoldenError(f"{path}: can't be written: HDF5 refused it ({one_line(error)})") from error
     return data, content_hash
-
-
-def check_matches(
-    trace: Trace, *, model_hash: str, tokens: Any, tensor_hashes: Mapping[str, str] | None = None
-) -> None:
-    """Raise GoldenError, naming what differs, unless `trace` was made from this model and these tokens (ints, [T]).
-
-    With `tensor_hashes` (name to SHA-256) here and in the provenance, the message names the tensors that differ.
-    """
-    stored_hash = trace.provenance.get("model_hash")
-    if stored_hash != model_hash:
-        names = _differing(trace.provenance.get("tensor_hashes"), tensor_hashes)
-        raise GoldenError(
-            f"case {quote(trace.case)}: the golden was made from another model ({quote(stored_hash)}, "
-            f"this one is {quote(model_hash)}){names}; use that model, or run `assay golden regenerate`"
-        )
-    actual, expected = np.asarray(tokens), trace.tokens
-    if actual.shape == expected.shape and (actual == expected).all():
-        return
-    if actual.ndim != 1 or len(actual) == 0:
-        found = f"it has {len(expected)} tokens, these have shape {actual.shape}"
-    elif (differ := np.flatnonzero(actual[: len(expected)] != expected[: len(actual)])).size:
-        found = f"token {differ[0]} is {expected[differ[0]]}, here it's {actual[differ[0]]}"
-    else:
-        first = min(len(actual), len(expected))
-        found = f"it has {len(expected)} tokens, here there are {len(actual)}: they differ from token {first}"
-    raise GoldenError(f"case {quote(trace.case)}: the golden has other tokens: {found}; run `assay golden regenerate`")
-
-
-def _differing(stored: object, given: Mapping[str, str] | None) -> str:
-    if not isinstance(stored, Mapping) or given is None:
-        return ""
-    names = sorted(name for name in {*stored, *given} if stored.get(name) != given.get(name))
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f": {len(names)} of {len({*stored, *given})} tensors differ: {', '.join(names[:5])}{more}" if names else ""
 
 
 def _check_traces(traces: Sequence[Trace]) -> None:

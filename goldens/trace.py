@@ -1,8 +1,8 @@
 """A Trace: the ordered, named tensors of one run, and where they came from.
 
-Engines and the reference hand their intermediates to a `tap(name, array)`; a Recorder is such a tap. A run that feeds its
-tokens in several steps (prefill in chunks, then decode) taps each probe once a step: the Recorder joins them along the
-token axis, so that a Trace never shows how the tokens were fed.
+Engines and the reference hand their intermediates to a `tap(name, array)`; a Recorder is such a tap. A run that feeds
+its tokens in several steps (prefill in chunks, then decode) taps each probe once a step: the Recorder joins them along
+the token axis, so that a Trace never shows how the tokens were fed.
 
 A Trace knows no engine, no model and no file.
 """
@@ -60,7 +60,8 @@ class Trace:
     """The tensors of one run over `tokens` (int32, [T]); every probe's first axis is T.
 
     `probes` keeps the order of computation. bfloat16 arrays have dtype `ml_dtypes.bfloat16`. `provenance` is JSON-able:
-    source ("engine" or "reference"), engine, device, dtype, arithmetic, model, model_hash, seed, command, versions, date.
+    source ("engine" or "reference"), engine, device, dtype, arithmetic, model, model_hash, seed, command, versions,
+    date.
     """
 
     case: str

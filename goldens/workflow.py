@@ -20,14 +20,14 @@ __all__ = ["accept", "discard", "lock", "pending_path", "stage"]
 def stage(path: str | Path, traces: Sequence[Trace]) -> Path:
     """Write `traces` to the pending file of golden `path`, all or nothing, and return its path; raises GoldenError."""
     pending = pending_path(path)
-    data, _ = store.encode(pending, traces)
     with lock(path):
+        data, _ = store.encode(pending, traces)
         files.replace(pending, data)
     return pending
 
 
 def accept(path: str | Path) -> None:
-    """Put the pending golden in the place of `path`, once it was checked whole; else raise GoldenError, with no change."""
+    """Put the pending golden, checked whole, in the place of `path`; raises GoldenError and then changes nothing."""
     path, pending = Path(path), pending_path(path)
     with lock(path):
         if not pending.exists():
