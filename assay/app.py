@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 app = typer.Typer(help=SUMMARY, epilog=EXIT_CODES, add_completion=False, no_args_is_help=True)
 golden_app = typer.Typer(help=COMMANDS["golden"], no_args_is_help=True)
 app.add_typer(golden_app, name="golden")
-console = Console(stderr=False, soft_wrap=True)
-errors = Console(stderr=True, soft_wrap=True)
+# Not a terminal (a CI log): wide enough for every column of the table.
+LOG_WIDTH = 140
+console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else LOG_WIDTH)
+errors = Console(soft_wrap=True, width=None if sys.stderr.isatty() else LOG_WIDTH, stderr=True)
 
 Model = Annotated[str, typer.Option(help="A checkpoint folder in the Hugging Face layout, or 'shipped'.")]
 Dtypes = Annotated[list[str], typer.Option("--dtype", help="float32, float16 or bfloat16; may be given several times.")]
@@ -96,7 +98,7 @@ def golden_regenerate(
     goldens: Goldens = None,
     model: Model = "shipped",
     dtype: Annotated[str, typer.Option(help="For a new golden: float32, float16 or bfloat16.")] = "",
-    device: DeviceOption = "auto",
+    device: Annotated[str, typer.Option(help="metal, cuda, cpu or auto; else the one the golden was made on.")] = "",
     tokens: Annotated[str, typer.Option(help="For a new golden: token ids, separated by commas.")] = "",
 ) -> None:
     from audits.cases import cases_for
@@ -104,7 +106,7 @@ def golden_regenerate(
 
     for path in goldens or default_golden_paths():
         if tokens:
-            cases = cases_for(model, tokens=tokens, dtype=dtype or "float32", device=device)
+            cases = cases_for(model, tokens=tokens, dtype=dtype or "float32", device=device or "auto")
         else:
             cases = golden_cases(path, device)
         with progress(f"regenerate {path.name}", len(cases)) as advance:
@@ -218,7 +220,7 @@ def judge(jobs: Sequence[Job], json: Path | None, *, every: bool) -> NoReturn:
             judged = list(job.steps(advance))
         provenance = judged[0].actual.provenance
         where = f"{provenance['engine']} {provenance['version']} on {provenance['device']}"
-        screen.print(probe_table(judged, f"{job.title} ({where})", every=every))
+        screen.print(probe_table(judged, f"{job.title} ({where})", every=every, width=screen.width))
         for line in summary_lines(judged):
             screen.print(line, markup=False, highlight=False)
         for verdict in (one.verdict for one in judged):

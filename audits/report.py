@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
@@ -29,13 +30,25 @@ class _Row:
     result: ProbeResult
 
 
-def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False) -> Table:
-    """A rich Table: one row a kind of probe (its worst over layers and cases), or with `every` one a probe and case."""
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for name in ("probe", "own error / bound", "worst element", "suspicious", "drift rel L2", "max abs", "ULP p99", ""):
-        table.add_column(name, justify="left" if name in ("probe", "worst element", "") else "right", no_wrap=True)
+# Columns by what they need: a narrow terminal gets the first ones and the outcome.
+COLUMNS = ("probe", "own/bound", "worst element", "drift rel L2", "max abs", "ULP p99", "suspicious")
+NARROW, NARROW_COLUMNS = 100, 4
+
+
+def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False, width: int = 120) -> Table:
+    """A rich Table: one row a kind of probe (its worst over layers and cases), or with `every` one a probe and case.
+
+    own/bound: largest own error as a share of its bound; drift: against the expected run, as a whole tensor;
+    suspicious: elements inside their worst-case bound and beyond the probabilistic one.
+    """
+    shown = len(COLUMNS) if width >= NARROW else NARROW_COLUMNS
+    table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for name in COLUMNS[:shown]:
+        table.add_column(name, justify="left" if name in ("probe", "worst element") else "right", no_wrap=True)
+    table.add_column("")
     for row in _rows(judged, every=every):
-        table.add_row(*_cells(row))
+        *cells, outcome = _cells(row)
+        table.add_row(*cells[:shown], outcome)
     return table
 
 
@@ -66,17 +79,15 @@ def _severity(row: _Row) -> tuple[int, float]:
 def _cells(row: _Row) -> list[str]:
     result = row.result
     own, drift = result.own, result.drift
-    where = f"{row.case} {result.probe}"
-    share = odd = "–"
+    layer = f" layer {result.probe.split('.')[1]}" if result.probe.startswith("layers.") else ""
+    where, share, odd = row.case + layer, "–", "–"
     if own is not None and own.metrics is not None:
         share, odd = _number(own.metrics.ratio), str(own.suspicious or "–")
-        where += "[" + ",".join(str(i) for i in own.metrics.worst.index) + "]"
+        where += " [" + ",".join(str(i) for i in own.metrics.worst.index) + "]"
     elif result.flips:
         share = f"{len(result.flips)} flips"
-        odd = f"{sum(flip.explained for flip in result.flips)} explained"
     figures = [_number(x) for x in (drift.rel_l2, drift.max_abs, drift.ulp[99])] if drift is not None else ["–"] * 3
-    style = STYLES[result.outcome]
-    return [_kind(result.probe), share, escape(where), odd, *figures, f"[{style}]{result.outcome}[/]"]
+    return [_kind(result.probe), share, escape(where), *figures, odd, f"[{STYLES[result.outcome]}]{result.outcome}[/]"]
 
 
 def _number(x: float) -> str:

@@ -17,6 +17,7 @@ from reference.checkpoint import load_weights
 from reference.config import read_config
 from reference.errors import CheckpointError
 from reference.graph import decoder_graph
+from reference.threads import threads_for
 
 Tap = Callable[[str, Any], None]
 
@@ -57,6 +58,15 @@ class Reference:
     def run(self, tokens: Sequence[int], tap: Tap | None = None) -> np.ndarray[Any, np.dtype[Any]]:
         """Logits [T,V] for tokens [T]; every probe goes to `tap(name, array)`, in the compute dtype (ids: int32)."""
         self.check_tokens(tokens)
+        with threads_for(self.largest_matrix):
+            return self._run(tokens, tap)
+
+    @property
+    def largest_matrix(self) -> int:
+        """Elements of the largest matrix that one product multiplies by."""
+        return max(w.exact.shape[-1] * w.exact.shape[-2] for w in self.weights.values() if w.exact.dim() > 1)
+
+    def _run(self, tokens: Sequence[int], tap: Tap | None) -> np.ndarray[Any, np.dtype[Any]]:
         values = {"tokens": torch.as_tensor(np.asarray(tokens, dtype=np.int64))}
         last_use = {name: i for i, node in enumerate(self.graph) for name in node.inputs}
         for i, node in enumerate(self.graph):

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from reference.arithmetic import Arithmetic
 from reference.bounds import Bounded
-from reference.graph import Choice, Node
+from reference.graph import Choice
 from reference.model import Reference
+from reference.threads import threads_for
 
 # The arithmetic of ops that an engine doesn't state: float32 accumulation and intermediates, one store in the run's
 # dtype. The router is held to float32 throughout, since a logit rounded to half moves experts (DeepSeek-V3 keeps it in
@@ -34,7 +35,6 @@ class Step:
     """One node of a replay: what honest arithmetic gives, or why that can't be said (`skipped`)."""
 
     probe: str
-    inputs: tuple[str, ...]
     shape: tuple[int, ...]
     expected: Bounded | Choice | None
     skipped: str = ""
@@ -66,16 +66,13 @@ def replay(
             if not problems[name]:
                 values[name] = _exact(array)
     for node in model.graph:
-        yield _step(node, shapes[node.probe], values, problems, arithmetic(claims, node.claims, dtype or model.dtype))
-
-
-@torch.inference_mode()
-def _step(
-    node: Node, shape: tuple[int, ...], values: Mapping[str, Tensor], problems: Mapping[str, str], arith: Arithmetic
-) -> Step:
-    unusable = [f"{name} is {problems.get(name) or 'missing'}" for name in node.inputs if name not in values]
-    expected = None if unusable else node.judge(arith, *(values[name] for name in node.inputs))
-    return Step(probe=node.probe, inputs=node.inputs, shape=shape, expected=expected, skipped="; ".join(unusable))
+        arith = arithmetic(claims, node.claims, dtype or model.dtype)
+        unusable = [f"{name} is {problems.get(name) or 'missing'}" for name in node.inputs if name not in values]
+        expected = None
+        if not unusable:
+            with torch.inference_mode(), threads_for(model.largest_matrix):
+                expected = node.judge(arith, *(values[name] for name in node.inputs))
+        yield Step(probe=node.probe, shape=shapes[node.probe], expected=expected, skipped="; ".join(unusable))
 
 
 def _problem(name: str, array: np.ndarray[Any, np.dtype[Any]], shape: tuple[int, ...], model: Reference) -> str:
