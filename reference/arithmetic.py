@@ -65,7 +65,7 @@ def _power_of_two(exponent: Tensor) -> Tensor:
 
 
 def _half_spacing(magnitude: Tensor, dtype: str) -> Tensor:
-    """Half the distance of neighbours in `dtype` at `magnitude`: u·2^floor(log2 magnitude), constant among subnormals."""
+    """Half the distance of neighbours in `dtype` at `magnitude`: u·2^floor(log2 magnitude), at least a subnormal's."""
     form = FORMATS[dtype]
     exponent = torch.frexp(magnitude).exponent.to(torch.int64) - 1
     exponent = exponent.clamp(form.least_exponent, form.greatest_exponent) - form.precision
@@ -75,8 +75,8 @@ def _half_spacing(magnitude: Tensor, dtype: str) -> Tensor:
 def half_ulp(magnitude: Tensor, dtype: str) -> Tensor:
     """Greatest error of rounding to nearest any real y, |y| ≤ magnitude, to `dtype`: u·2^floor(log2 magnitude).
 
-    float64 in and out. At most twice as small as u·magnitude; half the spacing of subnormals near zero, and never more than
-    the magnitude itself, since zero is in every format. Knows no overflow: compare with OVERFLOW.
+    float64 in and out. At most twice as small as u·magnitude; half the spacing of subnormals near zero, and never
+    more than the magnitude itself, since zero is in every format. Knows no overflow: compare with OVERFLOW.
     """
     return torch.minimum(_half_spacing(magnitude, dtype), magnitude)
 
@@ -94,8 +94,8 @@ class Arithmetic:
 
     dtype: of the inputs, which are exact. operand: the operands of matrix products (including the ones made on the way:
     scaled queries, probabilities) are rounded to it once more; None, not at all. accumulate: every sum and every scalar
-    operation. intermediate: what is stored between the steps of a composite op. output: what is returned; `dtype` unless
-    said otherwise. Raises ArithmeticClaimError for a format that does not exist.
+    operation. intermediate: what is stored between the steps of a composite op. output: what is returned; `dtype`
+    unless said otherwise. Raises ArithmeticClaimError for a format that does not exist.
     """
 
     dtype: str
@@ -115,7 +115,7 @@ class Arithmetic:
 
     @classmethod
     def claim(cls, dtype: str, **claims: str | None) -> Arithmetic:
-        """The Arithmetic of inputs of `dtype` under the named claims, e.g. accumulate="float32", intermediate="input"."""
+        """The Arithmetic of inputs of `dtype` under named claims, e.g. accumulate="float32", intermediate="input"."""
         names = [field.name for field in fields(cls) if field.name != "dtype"]
         for name in claims:
             if name not in names:

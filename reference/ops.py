@@ -1,7 +1,8 @@
 """The ops of a decoder-only MoE model as plain PyTorch formulas, in the floating dtype of their arguments.
 
-Written to be read against the papers, not to be fast: no op is fused, none calls torch's fused form, and each computes in
-float32 or float64 as given. The bounds call them in float64 for the exact result; the reference model in float32.
+Written to be read against the papers, not to be fast: no op is fused, none calls torch's fused form, and each
+computes in float32 or float64 as given. The bounds call them in float64 for the exact result; the reference model
+in float32.
 
 Dimensions: T tokens, D hidden size, H heads (Hq query, Hkv key-value), L queries, S keys, Dh head size, Dv value size,
 E experts, K experts a token.
@@ -62,7 +63,7 @@ def _exponentials(scores: Tensor, sinks: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def causal_mask(L: int, S: int, window: int | None = None) -> Tensor:
-    """-> bool [L, S], True = visible: key j to query i iff i' − window < j ≤ i', i' = i + S − L (bottom-right aligned)."""
+    """-> bool [L, S], True = visible: j to i iff i' − window < j ≤ i', i' = i + S − L (bottom-right aligned)."""
     query = torch.arange(L)[:, None] + (S - L)
     key = torch.arange(S)[None, :]
     visible = key <= query
@@ -81,7 +82,7 @@ def repeat_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def attention_probabilities(scores: Tensor, sinks: Tensor | None) -> Tensor:
-    """scores [Hq, L, S] -> softmax over the keys and, if given, one more key of logit sinks [Hq] that is then dropped."""
+    """scores [Hq, L, S] -> softmax over the keys and, if given, one more of logit sinks [Hq], which is dropped."""
     exponents, sink = _exponentials(scores, sinks)
     total = exponents.sum(dim=-1, keepdim=True) + sink
     return exponents / torch.where(total > 0, total, torch.ones_like(total))

@@ -1,10 +1,11 @@
 """Per-element error bounds: how far honest arithmetic may be from the exact result of an op.
 
 Every function takes float64 tensors that hold the exact inputs (already rounded to the dtype they arrive in) and the
-Arithmetic the candidate states, and returns a Bounded: exact result, worst-case bound, probabilistic level. Honest code in
-any order of operations is inside; one rounding more than stated falls outside wherever the op's conditioning lets it show.
-The derivations stand beside the formulas. Sources: Higham, Accuracy and Stability of Numerical Algorithms, 2nd ed., ch. 2-4;
-Higham & Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM J. Sci. Comput. 41 (2019).
+Arithmetic the candidate states, and returns a Bounded: exact result, worst-case bound, probabilistic level. Honest
+code in any order of operations is inside; one rounding more than stated falls outside wherever the op's
+conditioning lets it show. The derivations stand beside the formulas. Sources: Higham, Accuracy and Stability of
+Numerical Algorithms, 2nd ed., ch. 2-4; Higham & Mary, A New Approach to Probabilistic Rounding Error Analysis, SIAM
+J. Sci. Comput. 41 (2019).
 """
 
 from reference.bounds.attention import attention, softmax

@@ -1,7 +1,8 @@
 """Bounds of softmax and attention: errors of scores are weighed by |vⱼ − o|, errors of sums by |vⱼ|.
 
-A softmax forgives any error its keys share, and an error of a key without weight. Keeping both facts in the bound is what
-lets one rounding too many be seen: with peaked scores the honest error nearly vanishes and the fault's does not.
+A softmax forgives any error its keys share, and an error of a key without weight. Keeping both facts in the bound
+is what lets one rounding too many be seen: with peaked scores the honest error nearly vanishes and the fault's does
+not.
 
 Nothing is assumed about the order in which keys are visited, so the number of times an online softmax rescales what it
 has gathered so far is bounded by rank: after key j the running maximum can rise no more often than there are keys that
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reference import ops
-from reference.arithmetic import Arithmetic, round_to
+from reference.arithmetic import Arithmetic
 from reference.bounds.core import (
     DIVIDE,
     EXP,
@@ -96,15 +97,15 @@ def _additions(p: Tensor, u: float) -> tuple[Tensor, Tensor]:
     """Number of additions that count [..., 1], and the keys whose additions do not.
 
     fl(a + b) errs by at most u|a + b| and by at most |b|. Call keys of weight below u small. In any tree of additions a
-    subtree of small keys errs by u times its own weight, joining it to the rest costs at most its weight, and only joins
-    between parts that both hold a larger key cost u times the whole: one less of them than there are larger keys.
+    subtree of small keys errs by u times its own weight, joining it to the rest costs at most its weight, and only
+    joins between parts that both hold a larger key cost u times the whole: one less of them than there are larger keys.
     """
     small = p < u
     return (~small).sum(-1, keepdim=True).double().sub(1).clamp(min=0), small
 
 
 def _total(p: Tensor, whole: Tensor, gathered: Tensor, count: Count, u: float) -> Tensor:
-    """Error of adding up weights p, in units of their exact total: all terms are positive, no partial sum exceeds it."""
+    """Error of adding up weights p, in units of their exact total, which no partial sum of theirs exceeds."""
     additions, small = _additions(p, u)
     n = (p > 0).sum(-1, keepdim=True).double()
     tail = (p * small).sum(-1, keepdim=True)
@@ -121,7 +122,6 @@ class _Keys:
     p: Tensor  # [Hq, L, S]
     values: Tensor  # [Hq, S, Dv]
     output: Tensor  # [Hq, L, Dv]
-    sink: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,20 +130,23 @@ class _Weights:
 
     moved: Tensor  # weight of |vⱼ − o|: how far errors of score and exponential, shared by both sums, move pⱼ
     p: Tensor  # the most that pⱼ can become
-    rescaled: Tensor  # p times the number of roundings by rescaling
+    rescaled: Tensor  # roundings by rescaling of what pⱼ has gone into
+    recomputed: Tensor  # what a denominator gathered online, in a sweep of its own, does not share with the numerator
     rounded: Tensor  # rounding of pⱼ itself, in the numerator only
 
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, sinks: Tensor | None, arith: Arithmetic
 ) -> Bounded:
-    """q [Hq, L, Dh], k [Hkv, S, Dh], v [Hkv, S, Dv] -> attention [Hq, L, Dv] with its bound (ops.attention's arguments).
+    """q [Hq, L, Dh], k [Hkv, S, Dh], v [Hkv, S, Dv] -> attention [Hq, L, Dv] with its bound (ops.attention's
+    arguments).
 
     Let score j be off by δⱼ. Because Σpⱼ(vⱼ − o) = 0,
         o(s + δ) − o(s) = Σ pⱼ(e^δⱼ − 1)(vⱼ − o) / Σ pⱼe^δⱼ,
-    exactly; its magnitude is at most Σ pⱼ(e^|δⱼ| − 1)|vⱼ − o| / Σ pⱼe^−|δⱼ|, and at most max|vⱼ − o|, for o(s + δ) is a mean
-    of the values. δ takes in all that the two sums share: the score's own error, the exponential's, rescaling's (`_scores`,
-    `_weights`). Σpⱼvⱼ and Σpⱼ are then each added up with roundings of their own (`_sums`), which is where |vⱼ| enters.
+    exactly; its magnitude is at most Σ pⱼ(e^|δⱼ| − 1)|vⱼ − o| / Σ pⱼe^−|δⱼ|, and at most max|vⱼ − o|, for o(s + δ)
+    is a mean of the values. δ takes in all that the two sums share: the score's own error, the exponential's,
+    rescaling's (`_scores`, `_weights`). Σpⱼvⱼ and Σpⱼ are then each added up with roundings of their own (`_sums`),
+    which is where |vⱼ| enters.
     """
     keys = _keys(q, k, v, scale, mask, sinks)
     weights = [_weights(keys, _scores(keys, q, k, scale, sinks, count, arith), count, arith, scale) for count in COUNTS]
@@ -165,15 +168,14 @@ def _keys(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, si
         values = torch.cat([values, values.new_zeros(values.shape[0], 1, values.shape[2])], dim=1)
         visible = torch.cat([visible, torch.ones_like(visible[..., :1])], dim=-1)
     p = ops.softmax(scores)
-    return _Keys(
-        scores=scores, visible=visible, p=p, values=values, output=p @ values, sink=sinks is not None
-    )
+    return _Keys(scores=scores, visible=visible, p=p, values=values, output=p @ values)
 
 
 def _scores(
     keys: _Keys, q: Tensor, k: Tensor, scale: float, sinks: Tensor | None, count: Count, arith: Arithmetic
 ) -> Tensor:
-    """Error of each score [Hq, L, S], with A = Σ|q·scale||k|, whatever of q and q·k is scaled, by scale or scale·log2 e.
+    """Error of each score [Hq, L, S], with A = Σ|q·scale||k|, whatever of q and q·k is scaled, by scale or
+    scale·log2 e.
 
     The inner product: Dh − 1 additions of subset sums; up to 2u·A for rounding q·scale and then the products (or one
     rounding of the scaled product, and products that are exact or not); u·|s| for a separate product with log2 e.
@@ -213,8 +215,10 @@ def _weights(keys: _Keys, delta: Tensor, count: Count, arith: Arithmetic, scale:
 
     With t = m − s, both as computed: the argument of the exponential, and of all rescalings together, since they
     telescope, is off by 4u·t (the subtraction; scale, log2 e and their product, errors all scores share, so that t and
-    not s measures them). The exponential and each of up to rⱼ rescaling factors are off by EXP·u. A narrower intermediate
-    stores scale, t, e and then e or p (`rounded`); an operand dtype rounds e or p.
+    not s measures them). The exponential and each of up to rⱼ rescaling factors are off by EXP·u. A narrower
+    intermediate stores scale, t, e and then e or p (`rounded`); an operand dtype rounds e or p. A softmax in two
+    sweeps gathers its denominator online and computes each exponential anew for the numerator: then these errors
+    are not shared, except those of a key that surely is the maximum, whose exponential is 1 (`recomputed`).
     """
     u = unit(arith.accumulate)
     narrow = narrower(arith.intermediate, arith.accumulate)
@@ -224,7 +228,8 @@ def _weights(keys: _Keys, delta: Tensor, count: Count, arith: Arithmetic, scale:
     rank = count(_rank(keys.scores, delta, keys.visible))
     shift = 4 * u * t
     if narrow:
-        constant = rounding(torch.tensor([abs(scale)], dtype=torch.float64), arith.intermediate).item() / abs(scale)
+        factor = torch.tensor([abs(scale)], dtype=torch.float64)
+        constant = (rounding(factor, arith.intermediate) / factor).nan_to_num(0.0)
         shift = shift + constant * t
         shift = shift + storing(t + shift, arith.intermediate)
     logarithm = (delta + shift + EXP * u * (1 + rank)).clamp(max=600.0)
@@ -242,11 +247,14 @@ def _weights(keys: _Keys, delta: Tensor, count: Count, arith: Arithmetic, scale:
     for dtype in [arith.operand, arith.intermediate if narrow else None]:
         if dtype is not None:
             rounded = rounded + storing_anywhere(p, dtype)
-    return _Weights(moved=moved.clamp(max=HUGE), p=p, rescaled=u * rank * p, rounded=rounded)
+    again = torch.where(rank > 0, u * (EXP * (1 + rank) + 4 * t), 0.0)
+    return _Weights(
+        moved=moved.clamp(max=HUGE), p=p, rescaled=u * rank * p, recomputed=p * relative(again), rounded=rounded
+    )
 
 
 def _moved(keys: _Keys, weights: Tensor) -> Tensor:
-    """weights [2, Hq, L, S] -> Σⱼ weightⱼ|vⱼ − o| [2, Hq, L, Dv], but no more than the farthest visible value is from o."""
+    """weights [2, Hq, L, S] -> Σⱼ weightⱼ|vⱼ − o| [2, Hq, L, Dv], at most the distance of the farthest value."""
     heads, queries, size = keys.output.shape
     rows = max(1, CHUNK // max(1, heads * keys.values.shape[1] * size))
     parts = []
@@ -265,10 +273,10 @@ def _moved(keys: _Keys, weights: Tensor) -> Tensor:
 def _sums(keys: _Keys, weights: _Weights, moved: Tensor, count: Count, arith: Arithmetic) -> Tensor:
     """Error of Σpⱼvⱼ / Σpⱼ [Hq, L, Dv] given how far `moved` both sums have moved together.
 
-    Numerator: a product each (u·Σp|v|), additions of subset sums, u for each rescaling of what is gathered, roundings of p
-    and of v as operands. Denominator, in units of its total: additions and rescalings; each unit costs |o|. Normalising p
-    before the product costs DIVIDE·u·Σp|v|, which is more than after it, DIVIDE·u·|o|. A narrower intermediate stores the
-    denominator, and the numerator or the probabilities.
+    Numerator: a product each (u·Σp|v|), additions of subset sums, u for each rescaling of what is gathered,
+    roundings of p and of v as operands. Denominator, in units of its total: additions, rescalings, and what it does
+    not share; each unit costs |o|. Normalising p before the product costs DIVIDE·u·Σp|v|, which is more than after
+    it, DIVIDE·u·|o|. A narrower intermediate stores the denominator, and the numerator or the probabilities.
     """
     u, eta = unit(arith.accumulate), underflow(arith)
     size = keys.values.abs()
@@ -287,7 +295,7 @@ def _sums(keys: _Keys, weights: _Weights, moved: Tensor, count: Count, arith: Ar
     numerator = numerator + eta * (2 * n + 2 * (keys.visible.double() @ size)) + overflow(partial, arith.accumulate)
     whole = weights.p.sum(-1, keepdim=True).clamp(max=1.0)
     denominator = _total(weights.p, whole, torch.zeros_like(whole), count, u)
-    denominator = denominator + weights.rescaled.sum(-1, keepdim=True)
+    denominator = denominator + (weights.rescaled + weights.recomputed).sum(-1, keepdim=True)
     if narrower(arith.intermediate, arith.accumulate):
         numerator = numerator + storing_anywhere(reach + numerator, arith.intermediate)
         denominator = denominator + unit(arith.intermediate) * (whole + denominator)

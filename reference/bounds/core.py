@@ -31,7 +31,7 @@ from reference.arithmetic import (
 
 # Relative errors of elementary functions in units of u. One ulp is at most 2u.
 EXP = 4.0  # exp, exp2, log1p: 2 ulp beyond the error of the argument (OpenCL 3.0 full profile: 3; CUDA expf: 2)
-DIVIDE = 5.0  # Metal Shading Language 3.2 table 8.2 and OpenCL: x / y within 2.5 ulp; a reciprocal and a product take less
+DIVIDE = 5.0  # x / y within 2.5 ulp (Metal fast math, OpenCL); a reciprocal within 1 ulp and a product take less
 RSQRT = 4.0  # 2 ulp (OpenCL, Metal; CUDA rsqrtf: 2 ulp)
 SQRT = 5.0  # x·rsqrt(x)
 TRIG = 4.0  # sin and cos, absolute: 4 ulp below one is 4u (OpenCL 3.0 full profile)
@@ -45,7 +45,8 @@ class Bounded:
     """An exact result and how far honest arithmetic may be from it, per element; float64 tensors of one shape.
 
     bound: worst case; beyond it a rounding happened that was not stated. Infinite where overflow is legal.
-    likely: n roundings counted as 6·√n (Higham & Mary 2019, theorem 2.4, λ = 6: one in 10⁸ under their model); reported.
+    likely: n roundings counted as 6·√n (Higham & Mary 2019, theorem 2.4, λ = 6: one in 10⁸ under their model);
+    reported.
     """
 
     expected: Tensor
@@ -85,9 +86,9 @@ def narrower(dtype: str, than: str) -> bool:
 def summation(n: Tensor, partial: Tensor, u: float) -> Tensor:
     """Error of n additions, each of whose exact results is at most `partial` in magnitude: γₙ·partial.
 
-    Each addition computes ŝ with |ŝ| ≤ partial + E and errs by at most u|ŝ|, E the error so far; so E ≤ n·u·(partial + E),
-    which gives γₙ·partial (Higham §4.2, running error, with the order taken out by bounding all partial sums at once).
-    Where n·u ≥ 1 the result is HUGE, and zero where partial is.
+    Each addition computes ŝ with |ŝ| ≤ partial + E and errs by at most u|ŝ|, E the error so far; so E ≤
+    n·u·(partial + E), which gives γₙ·partial (Higham §4.2, running error, with the order taken out by bounding all
+    partial sums at once). Where n·u ≥ 1 the result is HUGE, and zero where partial is.
     """
     nu = n * u
     factor = torch.where(nu < 1, nu / (1 - nu).clamp(min=1e-300), HUGE)
@@ -97,14 +98,14 @@ def summation(n: Tensor, partial: Tensor, u: float) -> Tensor:
 def largest_partial(absolute: Tensor, total: Tensor) -> Tensor:
     """Greatest magnitude that any partial sum, over any subset of terms, can have: (Σ|xᵢ| + |Σxᵢ|)/2.
 
-    With P the sum of the positive terms and N of the negative ones, a subset sums to something in [−N, P], P + N = Σ|xᵢ|
-    and |P − N| = |Σxᵢ|. Half of Σ|xᵢ| when the sum cancels: the classic bound is twice as wide there.
+    With P the sum of the positive terms and N of the negative ones, a subset sums to something in [−N, P], P + N =
+    Σ|xᵢ| and |P − N| = |Σxᵢ|. Half of Σ|xᵢ| when the sum cancels: the classic bound is twice as wide there.
     """
     return (absolute + total.abs()) / 2
 
 
 def rounding(x: Tensor, dtype: str) -> Tensor:
-    """|x| [...] -> error of rounding exact x to `dtype`: zero where x is representable, else half an ulp; HUGE beyond range."""
+    """Error of rounding exact x [...] to `dtype`: zero if x is representable, else half an ulp; HUGE beyond range."""
     error = torch.where(round_to(x, dtype) == x, 0.0, half_ulp(x.abs(), dtype))
     return torch.where(x.abs() >= OVERFLOW[dtype], HUGE, error)
 
@@ -115,7 +116,7 @@ def storing_anywhere(magnitude: Tensor, dtype: str) -> Tensor:
     The constant moves the value within its binade, so half an ulp becomes the whole u; among subnormals, half their
     spacing, and never more than the value.
     """
-    error = torch.maximum(UNIT_ROUNDOFF[dtype] * magnitude, torch.tensor(SMALLEST_SUBNORMAL[dtype] / 2).double())
+    error = (UNIT_ROUNDOFF[dtype] * magnitude).clamp(min=SMALLEST_SUBNORMAL[dtype] / 2)
     return torch.where(magnitude >= OVERFLOW[dtype], HUGE, torch.minimum(error, magnitude))
 
 
@@ -127,9 +128,9 @@ def storing(magnitude: Tensor, dtype: str) -> Tensor:
 def stored(error: Tensor, expected: Tensor, arith: Arithmetic, exact: bool = False) -> Tensor:
     """Adds to `error` the store of a result computed in `arith.accumulate` as `arith.output`.
 
-    A result already in the output format is not rounded again; `exact` says that it was never rounded, so that the store
-    is the one rounding there is. Near zero a flush costs up to the least normal number. Beyond the output's range an
-    infinity is legal and the error is infinite.
+    A result already in the output format is not rounded again; `exact` says that it was never rounded, so that the
+    store is the one rounding there is. Near zero a flush costs up to the least normal number. Beyond the output's
+    range an infinity is legal and the error is infinite.
     """
     reach = expected.abs() + error
     total = error
@@ -168,7 +169,7 @@ def underflow(arith: Arithmetic) -> float:
 
 
 def flushed(x: Tensor, arith: Arithmetic) -> Tensor:
-    """What is lost when an exact input is flushed to zero on the way into the accumulator: all of it, if subnormal there."""
+    """What is lost when an exact input is flushed on the way into the accumulator: all of it, if subnormal there."""
     if not FORMATS[arith.accumulate].flushes:
         return torch.zeros_like(x)
     return torch.where(x.abs() < SMALLEST_NORMAL[arith.accumulate], x.abs(), 0.0)

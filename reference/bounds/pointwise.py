@@ -33,8 +33,9 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, arith: Arithmetic) -> Bounde
     """x [..., D], weight [D] -> RMSNorm [..., D] with its bound.
 
     v = Σx²/D + eps: D − 1 additions of non-negative terms (only those that are not zero), the squares unless exact, one
-    division by D, the constant and the addition of eps; relative error ρ. Then (1 − ρ)^−½ − 1 (about ρ/2), RSQRT and x·r
-    (or a square root, u, and a division, DIVIDE), and the product with the weight. A narrower intermediate stores x·r.
+    division by D, the constant and the addition of eps; relative error ρ. Then (1 − ρ)^−½ − 1 (about ρ/2), RSQRT
+    and x·r (or a square root, u, and a division, DIVIDE), and the product with the weight. A narrower intermediate
+    stores x·r.
     """
     u, eta = unit(arith.accumulate), underflow(arith)
     expected = ops.rms_norm(x, weight, eps)
@@ -65,11 +66,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, arith: Arithmetic) -> Bounde
 def rope(x: Tensor, positions: Tensor, base: float, arith: Arithmetic) -> Bounded:
     """x [T, H, Dh], positions [T] -> RoPE [T, H, Dh] with its bound.
 
-    The inverse frequency is exp2 of −j·log2(base)·2/Dh, rounded twice (the logarithm, the product; a division by Dh/2 is
-    exact for a power of two, else DIVIDE), which its exponent ln(base)·2j/Dh carries into it, or a power as good; EXP for
-    the function. The angle θ is that times the position, u more. A wrong angle turns the pair (y₁, y₂) it should have
-    given by Δθ: |Δy₁| ≤ |y₂|·Δθ + |y₁|·Δθ²/2. Then cos and sin, TRIG·u absolute each, two products and an addition. A
-    narrower intermediate stores cos and sin (never the angle), the products, and their sum.
+    The inverse frequency is exp2 of −j·log2(base)·2/Dh, rounded twice (the logarithm, the product; a division by
+    Dh/2 is exact for a power of two, else DIVIDE), which its exponent ln(base)·2j/Dh carries into it, or a power as
+    good; EXP for the function. The angle θ is that times the position, u more. A wrong angle turns the pair (y₁,
+    y₂) it should have given by Δθ: |Δy₁| ≤ |y₂|·Δθ + |y₁|·Δθ²/2. Then cos and sin, TRIG·u absolute each, two
+    products and an addition. A narrower intermediate stores cos and sin (never the angle), the products, and their sum.
     """
     u, eta = unit(arith.accumulate), underflow(arith)
     expected = ops.rope(x, positions, base)
@@ -135,4 +136,3 @@ def sigmoid_error(x: Tensor, u: float) -> Tensor:
     part = torch.sigmoid(-x)
     first = part * torch.expm1(((2 * x.abs() + EXP) * u).clamp(max=600.0))
     return first + (1 + first) * (2 + DIVIDE) * u
-

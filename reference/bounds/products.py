@@ -44,9 +44,9 @@ def matmul(a: Tensor, b: Tensor, arith: Arithmetic) -> Bounded:
 
     n counts the terms of which neither factor is zero: products with zero and additions of zero are exact. Any order of
     adding has n − 1 additions, each of a subset sum, which is at most M = (Σ|a||b| + |a·b|)/2; products add u·Σ|a||b|
-    unless they are exact in the accumulator (two float16, bfloat16 or tf32 factors in float32). The error E then satisfies
-    E ≤ u·Σ|a||b| + (n−1)·u·(M + E), so E ≤ γₙ₋₁·(M + uΣ|a||b|) + uΣ|a||b| (Higham §3.1; M instead of Σ|a||b| is at
-    most half, for sums that cancel). Rounding operands to a narrower dtype changes |a||b| by
+    unless they are exact in the accumulator (two float16, bfloat16 or tf32 factors in float32). The error E then
+    satisfies E ≤ u·Σ|a||b| + (n−1)·u·(M + E), so E ≤ γₙ₋₁·(M + uΣ|a||b|) + uΣ|a||b| (Higham §3.1; M instead of
+    Σ|a||b| is at most half, for sums that cancel). Rounding operands to a narrower dtype changes |a||b| by
     (|a|+Δa)(|b|+Δb) − |a||b|, with the Δ of each element: what is representable is not rounded.
     """
     expected = a @ b
@@ -64,7 +64,7 @@ def _terms(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _flushes(a: Tensor, b: Tensor, n: Tensor, arith: Arithmetic) -> Tensor:
-    """Flushing: each of n products and n additions loses up to η, and an operand that is flushed η times its partner."""
+    """Flushing: each of n products and n additions loses up to η, a flushed operand η times its partner."""
     eta = underflow(arith)
     return eta * (2 * n + a.abs().sum(-1, keepdim=True) + b.abs().sum(-2, keepdim=True))
 
@@ -113,7 +113,9 @@ def _distributed(a: Tensor, b: Tensor, abs_b: Tensor, arith: Arithmetic) -> Boun
         # The product scale·code and its sum with the bias are each rounded to the operand dtype, at no more than abs_b.
         half = storing(abs_b, arith.operand)
         narrowed = rounding(a, arith.operand) if narrower(arith.operand, arith.dtype) else torch.zeros_like(a)
-        operands = ((a.abs() + narrowed) @ (abs_b + half + storing(abs_b + half, arith.operand)) - absolute).clamp(min=0)
+        operands = ((a.abs() + narrowed) @ (abs_b + half + storing(abs_b + half, arith.operand)) - absolute).clamp(
+            min=0
+        )
     slack = 3 * _flushes(a, abs_b, n, arith)
     return _inner(expected, absolute, 2 * n - 1, operands, slack, arith, False, leaf_roundings=3.0)
 
@@ -133,8 +135,9 @@ def add(a: Tensor, b: Tensor, arith: Arithmetic) -> Bounded:
 def weighted_sum(values: Tensor, weights: Tensor, extra: Tensor | None, arith: Arithmetic) -> Bounded:
     """values [T, K, D], weights [T, K], extra [T, D] or None -> Σₖ wₖ·vₖ + extra [T, D] with its bound.
 
-    An inner product of K terms and, exact, one more: K products rounded (weights are float32), as many additions as there
-    are terms less one. A narrower intermediate stores the weights, each product, and the sum before extra is added.
+    An inner product of K terms and, exact, one more: K products rounded (weights are float32), as many additions as
+    there are terms less one. A narrower intermediate stores the weights, each product, and the sum before extra is
+    added.
     """
     products = values * weights[..., None]
     absolute, routed = products.abs().sum(dim=1), products.sum(dim=1)

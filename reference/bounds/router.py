@@ -1,7 +1,7 @@
 """Bounds of a MoE router: its scores, and its weights for experts that have been chosen.
 
-The choice itself has no bound: two scores further apart than the sum of their bounds must be chosen in order, closer ones
-are a tie (audits judge that).
+The choice itself has no bound: two scores further apart than the sum of their bounds must be chosen in order,
+closer ones are a tie (audits judge that).
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from reference.bounds.attention import softmax
 from reference.bounds.core import DIVIDE, EXP, SQRT, Bounded, Count, bounded, summation, underflow, unit
 from reference.bounds.pointwise import sigmoid_error
 
-# softplus(x) = x beyond the threshold, and eˣ below its negative, leave out e^−20 ≈ 2e-9 relative; a candidate that goes
-# on with log1p(eˣ) is as right. Half of it through the square root.
+# softplus(x) = x beyond the threshold, and eˣ below its negative, leave out e^−20 ≈ 2e-9 relative; a candidate that
+# goes on with log1p(eˣ) is as right. Half of it through the square root.
 BRANCH = math.exp(-ops.SOFTPLUS_THRESHOLD) / 2
 
 
@@ -55,18 +55,20 @@ def router_weights(
 ) -> Bounded:
     """logits [T, E], ids [T, K] -> weights [T, K] of the given experts, with their bound; bias steers only the choice.
 
-    With scores sᵢ off by eᵢ and D = Σs, sᵢ/D moves by ((1 − qᵢ)eᵢ + qᵢ·Σⱼ≠ᵢ eⱼ)/(D − Σe), q = s/D: what the scores share
-    cancels. A denominator held up by its floor does not move with them. Then K − 1 additions, the addition or rounding of
-    the constant, the division, the factor as a constant and the product with it.
+    With scores sᵢ off by eᵢ and D = Σs, sᵢ/D moves by ((1 − qᵢ)eᵢ + qᵢ·Σⱼ≠ᵢ eⱼ)/(D − Σe), q = s/D: what the scores
+    share cancels. A denominator held up by its floor does not move with them. Then K − 1 additions, the addition or
+    rounding of the constant, the division, the factor as a constant and the product with it.
     """
     u, eta = unit(arith.accumulate), underflow(arith)
     scores = router_scores(logits, scoring, _inside(arith))
     chosen = scores.expected.gather(-1, ids)
     expected = ops.router_weights(logits, ids, scoring, norm, scale)
-    constant = 0.0 if scale == 1.0 else u + abs(float(round_to(torch.tensor([scale]).double(), "float32")) / scale - 1)
+    constant = _factor(scale, arith)
     if scoring == "topk_softmax":
         inner = softmax(chosen, _inside(arith))
-        return bounded(expected, lambda count: abs(scale) * inner.bound * (1 + constant) + constant * expected.abs(), arith)
+        return bounded(
+            expected, lambda count: abs(scale) * inner.bound * (1 + constant) + constant * expected.abs(), arith
+        )
     errors = scores.bound.gather(-1, ids)
 
     def error(count: Count) -> Tensor:
@@ -85,6 +87,14 @@ def router_weights(
         return abs(scale) * (moved * (1 + constant) + share * constant) + eta
 
     return bounded(expected, error, arith)
+
+
+def _factor(scale: float, arith: Arithmetic) -> float:
+    """Relative error of a product with the constant `scale`: the product's rounding and the constant's own, if any."""
+    if scale in (0.0, 1.0):
+        return 0.0
+    stored = round_to(torch.tensor([scale], dtype=torch.float64), arith.accumulate).item()
+    return unit(arith.accumulate) + abs(stored / scale - 1)
 
 
 def _inside(arith: Arithmetic) -> Arithmetic:
