@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from assay.cli import COMMANDS, EXIT_CODES, SUMMARY
@@ -179,13 +180,14 @@ def bisect_command(
 
 @app.command("doctor", help=COMMANDS["doctor"])
 def doctor_command() -> None:
-    from audits.doctor import lanes, versions
+    from audits.doctor import lanes
+    from audits.side_by_side import versions
 
     for name, value in versions().items():
         console.print(f"{name:<10} {value}", markup=False, highlight=False)
     for lane in lanes():
         state = "[green]can run[/]" if lane.available else "[yellow]skipped[/]"
-        console.print(f"{state} {lane.name}: {lane.detail or lane.reason}", highlight=False)
+        console.print(f"{state} {escape(f'{lane.name}: {lane.detail or lane.reason}')}", highlight=False)
 
 
 @app.command("list", help=COMMANDS["list"])
@@ -193,7 +195,7 @@ def list_command() -> None:
     from audits.listing import sections
 
     for title, rows in sections():
-        console.print(f"[bold]{title}[/]")
+        console.print(f"[bold]{escape(title)}[/]")
         for name, line in rows:
             console.print(f"  {name:<18} {line}", markup=False, highlight=False)
 

@@ -1,13 +1,9 @@
-"""What this machine can verify: versions, devices, and every lane that can't run here with the reason."""
+"""What this machine can verify: every lane of the engine, and why one can't run here."""
 
 from __future__ import annotations
 
-import platform
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from audits.side_by_side import PACKAGES, _version
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,15 +17,6 @@ class Lane:
     @property
     def available(self) -> bool:
         return not self.reason
-
-
-def versions() -> dict[str, str]:
-    """Platform, Python and the packages that figures depend on."""
-    here = {
-        "platform": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "python": sys.version.split()[0],
-    }
-    return here | {name: _version(name) for name in PACKAGES}
 
 
 def lanes() -> Iterator[Lane]:

@@ -103,10 +103,15 @@ def provenance(case: Case) -> dict[str, Any]:
         "config": dict(model.config),
         "seed": case.seed,
         "command": " ".join(["assay", *sys.argv[1:]]) if Path(sys.argv[0]).name == "assay" else "assay.run",
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": versions(),
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
+
+
+def versions() -> dict[str, str]:
+    """Platform, Python and the packages that figures depend on."""
+    here = {"platform": f"{platform.system()} {platform.machine()}", "python": platform.python_version()}
+    return here | {name: _version(name) for name in PACKAGES}
 
 
 def _version(package: str) -> str:

@@ -21,8 +21,9 @@ NOT_SHOWN = "the engine doesn't show its weights"
 
 
 def check_weights(engine: Any, reference: Reference, model: Fingerprint) -> dict[str, Any]:
-    """{"tensors": how many were compared, "wrong": messages, "skipped": reason or ""} for an engine's provenance.
+    """Compare every weight that an engine holds with its checkpoint, bit by bit.
 
+    Returns {"tensors": how many were compared, "wrong": messages, "skipped": reason or ""}, for the run's provenance.
     `engine.weights()` yields (tensor name in the checkpoint, array as held), packed tensors as they are packed.
     """
     wrong = [f"weights: {change}" for change in changes_since_published(reference.folder, model)]

@@ -30,7 +30,7 @@ RESTORE = "restore it from version control, or rebuild it with `assay golden reg
 UPDATE = "update assay"
 
 # When and how a golden was made, rather than what it holds: runs that agree in all else have the same content hash.
-VOLATILE = frozenset({"command", "date", "host", "versions"})
+VOLATILE = frozenset({"command", "date", "device_info", "versions"})
 
 _HEADER = re.compile(rb"(assay-golden (\d{1,9})\nbytes (\d{1,18})\n)sha256 ([0-9a-f]{64})\n\0*")
 
