@@ -16,7 +16,7 @@ audit: $(INSTALLED)
 	$(BIN)/assay golden verify
 
 test: $(INSTALLED)
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --dist loadgroup
 
 check: lint types test
 
