@@ -110,7 +110,9 @@ def cases_for(
         vocabulary = read_config(model_folder(model)).vocab_size
         drawn = np.random.default_rng(seed).integers(vocabulary, size=RANDOM_LENGTH)
         bases = [Case(name=f"random-{seed}", tokens=tuple(drawn.tolist()), model=model, seed=seed)]
-    return [replace(base, **options) for base in bases]
+    cases = [replace(base, **options) for base in bases]
+    # A short prompt is prefilled with what is left once it has been decoded: at least its first token.
+    return [replace(case, decode=min(case.decode, len(case.tokens) - 1)) for case in cases]
 
 
 def example(task: str, seed: int) -> Case:
