@@ -17,7 +17,7 @@ import numpy as np
 from audits.judge import OwnError, describe, judge_run
 from audits.logits import LogitsAgreement, agreement
 from audits.metrics import Metrics, measure
-from audits.routing import Flip, flips
+from audits.routing import Flip, flips, slot_order
 from audits.verdict import Outcome
 from goldens.matching import check_tokens
 from goldens.trace import Trace
@@ -164,6 +164,8 @@ def _pair(own: OwnError, other: OwnError | None, actual: Trace, expected: Trace)
         with np.errstate(invalid="ignore"):
             inherited = float(np.max(np.abs(own.exact - other.exact)))
     choice = own.probe.endswith(".experts") or own.probe == "token"
+    if both and not choice:
+        e = _same_slots(own.probe, e, actual, expected)
     return ProbeResult(
         probe=own.probe,
         outcome=outcome,
@@ -174,6 +176,21 @@ def _pair(own: OwnError, other: OwnError | None, actual: Trace, expected: Trace)
         inherited=inherited,
         flips=found,
     )
+
+
+def _same_slots(probe: str, e: Array | None, actual: Trace, expected: Trace) -> Array | None:
+    """The expected values of a probe by slot, [T,K,…], in the actual run's order of experts: a swap is no drift."""
+    ids = probe.rpartition(".")[0] + ".experts"
+    a_ids, e_ids = actual.probes.get(ids), expected.probes.get(ids)
+    if (
+        e is None
+        or a_ids is None
+        or e_ids is None
+        or actual.dims(probe)[:2] != ("T", "K")
+        or a_ids.shape != e_ids.shape
+    ):
+        return e
+    return np.take_along_axis(e, slot_order(a_ids, e_ids).reshape(*a_ids.shape, *[1] * (e.ndim - 2)), axis=1)
 
 
 def _flips(own: OwnError, other: OwnError | None, a: Array | None, e: Array | None) -> tuple[Flip, ...]:

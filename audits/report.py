@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from audits.compare import Comparison, ProbeResult
+from audits.metrics import Metrics
 from audits.side_by_side import Judged
 from audits.verdict import Report, Verdict
 from goldens import store
@@ -24,10 +25,13 @@ FLIPS_SHOWN = 5
 
 @dataclass(frozen=True, kw_only=True)
 class _Row:
-    """The worst of one kind of probe over all layers and cases."""
+    """A kind of probe: the case and result with the largest own error, and the largest drift and counts over all."""
 
     case: str
     result: ProbeResult
+    drift: Metrics | None
+    flips: int
+    suspicious: int
 
 
 # Columns by what they need: a narrow terminal gets the first ones and the outcome.
@@ -38,7 +42,7 @@ NARROW, NARROW_COLUMNS = 100, 4
 def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False, width: int = 120) -> Table:
     """A rich Table: one row a kind of probe (its worst over layers and cases), or with `every` one a probe and case.
 
-    own/bound: largest own error as a share of its bound; drift: against the expected run, as a whole tensor;
+    own/bound: largest own error as a share of its bound, and where; drift: against the expected run, as a whole tensor;
     suspicious: elements inside their worst-case bound and beyond the probabilistic one.
     """
     shown = len(COLUMNS) if width >= NARROW else NARROW_COLUMNS
@@ -53,13 +57,26 @@ def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False, wi
 
 
 def _rows(judged: Sequence[Judged], *, every: bool) -> Iterable[_Row]:
+    results = [(j.case.name, result) for j in judged for result in j.comparison.probes]
     if every:
-        return [_Row(case=j.case.name, result=p) for j in judged for p in j.comparison.probes]
-    kinds: dict[str, list[_Row]] = {}
-    for j in judged:
-        for p in j.comparison.probes:
-            kinds.setdefault(_kind(p.probe), []).append(_Row(case=j.case.name, result=p))
-    return [max(rows, key=_severity) for rows in kinds.values()]
+        return [_row([one]) for one in results]
+    kinds: dict[str, list[tuple[str, ProbeResult]]] = {}
+    for case, result in results:
+        kinds.setdefault(_kind(result.probe), []).append((case, result))
+    return [_row(group) for group in kinds.values()]
+
+
+def _row(group: Sequence[tuple[str, ProbeResult]]) -> _Row:
+    case, worst = max(group, key=lambda one: _severity(one[1]))
+    drifts = [result.drift for _, result in group if result.drift is not None]
+    return _Row(
+        case=case,
+        result=worst,
+        # NaN first: a tensor with one has no relative error, and is the worst there is.
+        drift=max(drifts, key=lambda m: (m.rel_l2 != m.rel_l2, m.rel_l2), default=None),
+        flips=sum(len(result.flips) for _, result in group),
+        suspicious=sum(result.own.suspicious for _, result in group if result.own is not None),
+    )
 
 
 def _kind(probe: str) -> str:
@@ -68,26 +85,24 @@ def _kind(probe: str) -> str:
     return ".".join(parts[2:]) if parts[0] == "layers" else probe
 
 
-def _severity(row: _Row) -> tuple[int, float]:
-    own = row.result.own
-    rank = {"fail": 3, "could-not-judge": 2, "skipped": 1, "pass": 0}[row.result.outcome]
-    if own is not None and own.metrics is not None:
-        return rank, own.metrics.ratio
-    return rank, float(len(row.result.flips))
+def _severity(result: ProbeResult) -> tuple[int, float]:
+    rank = {"fail": 3, "could-not-judge": 2, "skipped": 1, "pass": 0}[result.outcome]
+    if result.own is not None and result.own.metrics is not None:
+        return rank, result.own.metrics.ratio
+    return rank, float(len(result.flips))
 
 
 def _cells(row: _Row) -> list[str]:
-    result = row.result
-    own, drift = result.own, result.drift
+    result, drift = row.result, row.drift
+    own = result.own.metrics if result.own is not None else None
     layer = f" layer {result.probe.split('.')[1]}" if result.probe.startswith("layers.") else ""
-    where, share, odd = row.case + layer, "–", "–"
-    if own is not None and own.metrics is not None:
-        share, odd = _number(own.metrics.ratio), str(own.suspicious or "–")
-        where += " [" + ",".join(str(i) for i in own.metrics.worst.index) + "]"
-    elif result.flips:
-        share = f"{len(result.flips)} flips"
+    where, share = row.case + layer, f"{row.flips} flips" if row.flips else "–"
+    if own is not None:
+        share = _number(own.ratio)
+        where += " [" + ",".join(str(i) for i in own.worst.index) + "]"
     figures = [_number(x) for x in (drift.rel_l2, drift.max_abs, drift.ulp[99])] if drift is not None else ["–"] * 3
-    return [_kind(result.probe), share, escape(where), *figures, odd, f"[{STYLES[result.outcome]}]{result.outcome}[/]"]
+    outcome = f"[{STYLES[result.outcome]}]{result.outcome}[/]"
+    return [_kind(result.probe), share, escape(where), *figures, str(row.suspicious or "–"), outcome]
 
 
 def _number(x: float) -> str:
@@ -119,7 +134,7 @@ def summary_lines(judged: Sequence[Judged]) -> list[str]:
     for name, f in flips[:FLIPS_SHOWN]:
         lines.append(
             f"flip: {name} {f.probe}[{f.token},{f.slot}] {f.old} → {f.new}, margin {f.margin:.3g}, scores moved"
-            f" {f.drift:.3g}: {'explained' if f.explained else 'NOT explained'}"
+            f" {f.drift:.3g}: {'which explains it' if f.explained else 'which does NOT explain it'}"
         )
     if len(flips) > FLIPS_SHOWN:
         lines.append(f"flips: {len(flips) - FLIPS_SHOWN} more (--json has all)")

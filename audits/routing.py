@@ -79,6 +79,19 @@ def _wrong_in_row(token: int, row: list[int], scores: Array, bound: Array) -> li
     return found
 
 
+def slot_order(actual: Array, expected: Array) -> Array:
+    """For ids [T,K] of two runs: [T,K] slots of `expected` in the order in which `actual` has the same experts.
+
+    An expert that only one run chose takes a slot that is left over.
+    """
+    order = np.empty(actual.shape, dtype=np.int64)
+    for t, (a_row, e_row) in enumerate(zip(actual.tolist(), expected.tolist(), strict=True)):
+        places = {expert: slot for slot, expert in enumerate(e_row)}
+        free = iter([slot for expert, slot in places.items() if expert not in a_row])
+        order[t] = [places[expert] if expert in places else next(free, 0) for expert in a_row]
+    return order
+
+
 def flips(probe: str, actual: Array, expected: Array, scores: tuple[Array, Array], bound: Array) -> list[Flip]:
     """All flips between two runs' choices [T,K]; `scores` are (actual, expected) [T,N], `bound` [T,N] both runs'
     bounds.

@@ -177,3 +177,18 @@ def test_without_a_model_equal_traces_pass_and_say_how_they_were_judged() -> Non
 
 def test_two_empty_traces_are_not_a_pass() -> None:
     assert assay.compare(plain(), plain()).outcome == "could-not-judge"
+
+
+def test_experts_in_another_slot_order_are_neither_wrong_nor_drift(
+    traces: tuple[Trace, Trace], model: Reference
+) -> None:
+    def swap_slots(probes: dict[str, np.ndarray]) -> None:
+        for name in probes:
+            if traces[0].dims(name)[:2] == ("T", "K"):
+                probes[name] = probes[name][:, ::-1].copy()
+
+    found = compare(edited(traces[0], swap_slots), traces[1], model)
+    assert found.ok, found.message
+    gate = next(p for p in found.probes if p.probe == "layers.0.moe.gate")
+    assert gate.drift is not None
+    assert gate.drift.rel_l2 < 1e-5

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from audits.routing import flips, wrong_choices
+from audits.routing import flips, slot_order, wrong_choices
 
 SCORES = np.array([[0.9, 0.5, 0.4999, 0.1], [0.1, 0.2, 0.3, 0.4]])
 TIGHT = np.full(SCORES.shape, 1e-6)
@@ -53,3 +53,8 @@ def test_slot_order_is_no_flip() -> None:
 def test_a_choice_without_an_axis_of_slots_works_as_one_slot() -> None:
     (flip,) = flips("token", np.array([0, 2]), np.array([0, 3]), (SCORES, SCORES), TIGHT)
     assert (flip.token, flip.slot, flip.old, flip.new) == (1, 0, 3, 2)
+
+
+def test_slots_are_matched_by_expert_and_flipped_ones_take_what_is_left() -> None:
+    actual, expected = np.array([[4, 2, 7], [1, 2, 3]]), np.array([[2, 4, 9], [3, 1, 2]])
+    assert slot_order(actual, expected).tolist() == [[1, 0, 2], [1, 2, 0]]
