@@ -9,11 +9,11 @@ from typing import Any
 from audits.cases import model_folder
 from audits.compare import Comparison, ProbeResult
 from audits.compare import compare as compare_traces
-from audits.golden_jobs import weights_dtype
-from audits.side_by_side import load_reference, model_fingerprint
-from audits.side_by_side import run as run_case
+from audits.runs import load_reference, model_fingerprint, weights_dtype
+from audits.runs import run as run_case
 from goldens.matching import check_model
 from goldens.trace import Trace
+from reference.replay import check_claims
 
 
 def run(engine: Any, case: Mapping[str, Any]) -> Trace:
@@ -39,6 +39,7 @@ def compare(actual: Trace, expected: Trace, *, model: str | Path | None = None) 
     if not model_folder(name).is_dir():
         raise ValueError(f"model {name!r} is no folder here; pass model=FOLDER")
     for trace in (actual, expected):
+        check_claims(trace.provenance.get("arithmetic", {}), str(trace.provenance.get("dtype", "float32")))
         if model is None or "model_hash" in trace.provenance:
             check_model(trace, model_fingerprint(name))
     models = [load_reference(name, weights_dtype(trace.provenance)) for trace in (actual, expected)]

@@ -15,7 +15,7 @@ COMMANDS = {
     "doctor": "Show devices and versions, and which lanes can run here or why not.",
     "list": "List the audits, judged ops, models and goldens.",
 }
-EXIT_CODES = "Exit codes: 0 pass, 1 something failed, 2 could not judge or bad usage."
+EXIT_CODES = "Exit codes: 0 pass, 1 something failed, 2 could not judge or bad usage, 130 interrupted."
 
 
 def help_text() -> str:
@@ -31,13 +31,17 @@ def main() -> None:
     """Entry point; exits with 0, 1 or 2."""
     arguments = sys.argv[1:]
     if arguments in ([], ["--help"], ["-h"], ["help"]):
-        print(help_text())
+        try:
+            print(help_text(), flush=True)
+        except OSError:
+            sys.exit(2)
         sys.exit(0 if arguments else 2)
     if arguments == ["--version"]:
         from assay import __version__
 
         print(f"assay {__version__}")
         sys.exit(0)
-    from assay.app import start
+    from assay.app import app
+    from assay.screen import start
 
-    start()
+    start(app)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from audits.cases import SHIPPED, Case
-from audits.side_by_side import load_engine, load_reference
+from audits.runs import load_engine, load_reference
 from goldens.fixture.accuracy import is_right
 from goldens.fixture.tasks import TASKS, held_out
 

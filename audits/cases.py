@@ -20,6 +20,7 @@ TRACES_FOLDER = SHIPPED_FOLDER.parent / "traces"
 # The prompts a run takes when none is given: one example a task, for tasks whose documents differ in length, so that
 # the sliding window (32) wraps in some and not in others, and recall reaches back further than the window.
 DEFAULT_TASKS = ("add", "recall", "chain", "copy", "sort", "balanced")
+DECODED = 4  # tokens that are fed one by one at the end, unless told otherwise
 RANDOM_LENGTH = 48  # tokens drawn for a model that comes without a vocabulary: one and a half sliding windows
 
 
@@ -35,7 +36,7 @@ class Case:
     dtype: str = "float32"
     device: str = "auto"
     chunk: int = 32
-    decode: int = 4
+    decode: int = 0
     seed: int = 0
     answer: int = 0
 
@@ -54,28 +55,29 @@ class Case:
     @classmethod
     def from_dict(cls, case: Mapping[str, Any]) -> Case:
         """The Case of a plain dict: "tokens" is needed; "name", "model", "seed", "answer" and "options" (dtype, device,
-        chunk, decode) have defaults. ValueError names a key that is unknown or a value of the wrong kind."""
-        options = dict(case.get("options", {}))
+        chunk, decode) have defaults (decode: 0). ValueError names a key that is unknown or a value of the wrong
+        kind."""
+        if not isinstance(case, Mapping) or not isinstance(options := case.get("options", {}), Mapping):
+            raise ValueError('a case is a dict with "tokens", and its "options", if any, are one too')
         known = {"name", "model", "tokens", "options", "seed", "answer"}
         if unknown := sorted((set(case) - known) | (set(options) - {"dtype", "device", "chunk", "decode"})):
             raise ValueError(f"a case has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
         if "tokens" not in case:
             raise ValueError("a case needs 'tokens', a sequence of token ids")
-        try:
-            tokens = tuple(int(t) for t in case["tokens"])
-            return cls(
-                name=str(case.get("name", "case")),
-                tokens=tokens,
-                model=str(case.get("model", SHIPPED)),
-                dtype=str(options.get("dtype", cls.dtype)),
-                device=str(options.get("device", cls.device)),
-                chunk=int(options.get("chunk", cls.chunk)),
-                decode=int(options.get("decode", cls.decode)),
-                seed=int(case.get("seed", 0)),
-                answer=int(case.get("answer", 0)),
-            )
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"a case's tokens, chunk, decode and seed are whole numbers ({error})") from error
+        found = cls(
+            name=str(case.get("name", "case")),
+            tokens=_tokens(case["tokens"]),
+            model=str(case.get("model", SHIPPED)),
+            dtype=str(options.get("dtype", cls.dtype)),
+            device=str(options.get("device", cls.device)),
+            chunk=_count("chunk", options.get("chunk", cls.chunk), 1),
+            decode=_count("decode", options.get("decode", 0), 0),
+            seed=_count("seed", case.get("seed", 0), 0),
+            answer=_count("answer", case.get("answer", 0), 0),
+        )
+        if found.decode > len(found.tokens):
+            raise ValueError(f"decode is {found.decode}, but there are {len(found.tokens)} tokens")
+        return found
 
     def replay_command(self) -> str:
         """The command that runs this case alone."""
@@ -84,21 +86,41 @@ class Case:
         return shlex.join(words)
 
 
+def _tokens(given: Any) -> tuple[int, ...]:
+    array = np.asarray(given) if not isinstance(given, str | bytes) else np.empty(0)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or not array.size:
+        raise ValueError("a case's tokens are a non-empty sequence of whole numbers")
+    return tuple(array.tolist())
+
+
+def _count(name: str, given: Any, least: int) -> int:
+    if isinstance(given, bool) or not isinstance(given, int | np.integer) or given < least:
+        raise ValueError(f"{name} is {given!r}; a whole number from {least} on is expected")
+    return int(given)
+
+
 def model_folder(model: str) -> Path:
     """The folder of a model: "shipped" is the one in the repository."""
     return SHIPPED_FOLDER if model == SHIPPED else Path(model)
 
 
 def cases_for(
-    model: str, *, prompts: Sequence[str] = (), tokens: str = "", seed: int = 0, **options: Any
+    model: str,
+    *,
+    prompts: Sequence[str] = (),
+    tokens: str | None = None,
+    seed: int = 0,
+    decode: int | None = None,
+    **options: Any,
 ) -> list[Case]:
-    """Cases for `model` with `options` (dtype, device, chunk, decode): the given tokens or prompts, else built-in ones.
+    """Cases for `model` with `options` (dtype, device, chunk): the given tokens or prompts, else built-in ones.
 
-    Built in are held-out examples for the shipped model, and random tokens for any other. ValueError for bad input.
+    Built in are held-out examples for the shipped model, and random tokens for any other. `decode` None decodes the
+    last four tokens, or all but the first of a shorter prompt. ValueError for bad input.
     """
-    if tokens and prompts:
+    if tokens is not None and prompts:
         raise ValueError("give either --prompt or --tokens")
-    if tokens:
+    if tokens is not None:
         bases = [Case(name="given", tokens=parse_tokens(tokens), model=model, seed=seed)]
     elif prompts:
         if model != SHIPPED:
@@ -111,14 +133,15 @@ def cases_for(
         drawn = np.random.default_rng(seed).integers(vocabulary, size=RANDOM_LENGTH)
         bases = [Case(name=f"random-{seed}", tokens=tuple(drawn.tolist()), model=model, seed=seed)]
     cases = [replace(base, **options) for base in bases]
-    # A short prompt is prefilled with what is left once it has been decoded: at least its first token.
-    return [replace(case, decode=min(case.decode, len(case.tokens) - 1)) for case in cases]
+    fed = [min(DECODED, len(case.tokens) - 1) if decode is None else decode for case in cases]
+    # Through from_dict, so that what the command line gives is checked as what Python gives is.
+    return [Case.from_dict(replace(case, decode=n).as_dict()) for case, n in zip(cases, fed, strict=True)]
 
 
 def example(task: str, seed: int) -> Case:
     """One held-out example of a task, prompt and answer, for the shipped model."""
     prompt, answer = held_out(task, 1, seed)[0]
-    return Case(name=task, tokens=tuple(encode(prompt + answer)), seed=seed, answer=len(encode(prompt)))
+    return Case(name=task, tokens=tuple(encode(prompt + answer)), decode=DECODED, seed=seed, answer=len(encode(prompt)))
 
 
 def parse_tokens(text: str) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ Traces without a model to replay are compared element by element within a table 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -25,6 +25,10 @@ from reference.model import Reference
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+Side = Literal["actual", "expected"]
+BLAME: dict[Side, str] = {"actual": "", "expected": "expected trace: "}
+RANK: dict[Outcome, int] = {"pass": 0, "skipped": 1, "could-not-judge": 2, "fail": 3}
+
 # Without a model there is no bound to derive. (rtol, atol) by the wider unit roundoff of the two dtypes, as
 # torch.testing.assert_close has them (PyTorch documentation, torch.testing): what one op in that dtype may be off by.
 TOLERANCES = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "float16": (1e-3, 1e-5), "bfloat16": (1.6e-2, 1e-5)}
@@ -34,7 +38,8 @@ TOLERANCES = {"float64": (1e-7, 1e-7), "float32": (1.3e-6, 1e-5), "float16": (1e
 class ProbeResult:
     """One probe in both runs. `own` and `expected_own` are each run's own error, `drift` is actual − expected in whole.
 
-    `inherited` is the largest difference between what the two runs' recorded inputs give, computed exactly.
+    `side` is the run that failed. `inherited` is the largest difference between what the two runs' recorded inputs
+    give, computed exactly.
     """
 
     probe: str
@@ -45,6 +50,7 @@ class ProbeResult:
     drift: Metrics | None
     inherited: float | None
     flips: tuple[Flip, ...] = ()
+    side: Side = "actual"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,14 +67,20 @@ class Comparison:
         return next((p for p in self.probes if p.outcome == "fail"), None)
 
     @property
+    def failures(self) -> tuple[ProbeResult, ...]:
+        """What failed in the actual run, in the order of computation."""
+        return tuple(p for p in self.probes if p.outcome == "fail" and p.side == "actual")
+
+    @property
     def flips(self) -> tuple[Flip, ...]:
         return tuple(flip for probe in self.probes for flip in probe.flips)
 
     @property
     def outcome(self) -> Outcome:
-        if self.first_failure is not None:
+        outcomes = {p.outcome for p in self.probes}
+        if "fail" in outcomes:
             return "fail"
-        return "pass" if any(p.outcome == "pass" for p in self.probes) else "could-not-judge"
+        return "pass" if "pass" in outcomes and "could-not-judge" not in outcomes else "could-not-judge"
 
     @property
     def ok(self) -> bool:
@@ -79,6 +91,8 @@ class Comparison:
         """One line: the first failure, or what passed."""
         if (failure := self.first_failure) is not None:
             return failure.message
+        if (doubt := next((p for p in self.probes if p.outcome == "could-not-judge"), None)) is not None:
+            return doubt.message
         unjudged = sum(p.outcome == "skipped" for p in self.probes)
         judged = f"{len(self.probes) - unjudged} probes {self.judged_by}"
         return judged + (f", {unjudged} skipped" if unjudged else "")
@@ -111,11 +125,7 @@ def compare(
 
 def _with_model(actual: Trace, expected: Trace, model: Reference, expected_model: Reference) -> list[ProbeResult]:
     theirs = {own.probe: own for own in judge_run(expected, expected_model)}
-    results = [
-        _weights(trace, side)
-        for trace, side in ((actual, ""), (expected, "expected trace: "))
-        if "weights" in trace.provenance
-    ]
+    results = [_weights(trace, side) for trace, side in _sides(actual, expected) if "weights" in trace.provenance]
     for own in judge_run(actual, model):
         other = theirs.pop(own.probe, None)
         results.append(_pair(own, other, actual, expected))
@@ -123,20 +133,35 @@ def _with_model(actual: Trace, expected: Trace, model: Reference, expected_model
         message = f"{probe}: in the expected trace only"
         results.append(
             ProbeResult(
-                probe=probe, outcome="fail", message=message, own=None, expected_own=other, drift=None, inherited=None
+                probe=probe,
+                outcome="fail",
+                message=message,
+                own=None,
+                expected_own=other,
+                drift=None,
+                inherited=None,
             )
         )
     return results
 
 
-def _weights(trace: Trace, side: str) -> ProbeResult:
+def _sides(actual: Trace, expected: Trace) -> tuple[tuple[Trace, Side], tuple[Trace, Side]]:
+    return (actual, "actual"), (expected, "expected")
+
+
+def _weights(trace: Trace, side: Side) -> ProbeResult:
     """What was found, when the trace was made, of the weights that the engine held (audits/weights.py)."""
     found = trace.provenance["weights"]
-    outcome: Outcome = "fail" if found["wrong"] else "skipped" if found["skipped"] else "pass"
+    try:
+        wrong, skipped = list(found["wrong"]), str(found["skipped"])
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"case {trace.case!r}: its provenance says nothing usable of the weights ({error})") from error
+    outcome: Outcome = "fail" if wrong else "skipped" if skipped else "pass"
     return ProbeResult(
         probe="weights",
         outcome=outcome,
-        message=side + found["wrong"][0] if found["wrong"] else found["skipped"],
+        message=BLAME[side] + wrong[0] if wrong else skipped,
+        side=side,
         own=None,
         expected_own=None,
         drift=None,
@@ -145,10 +170,11 @@ def _weights(trace: Trace, side: str) -> ProbeResult:
 
 
 def _pair(own: OwnError, other: OwnError | None, actual: Trace, expected: Trace) -> ProbeResult:
-    outcome: Outcome = own.outcome
-    message = own.message
-    if outcome != "fail" and other is not None and other.outcome == "fail":
-        outcome, message = "fail", f"expected trace: {other.message}"
+    outcome, message = own.outcome, own.message
+    side: Side = "actual"
+    # A failure of either run outweighs what could not be judged of the other.
+    if other is not None and RANK[other.outcome] > RANK[outcome]:
+        outcome, message, side = other.outcome, BLAME["expected"] + other.message, "expected"
     a, e = actual.probes.get(own.probe), expected.probes.get(own.probe)
     both = a is not None and e is not None and a.shape == e.shape
     found = _flips(own, other, a, e) if both else ()
@@ -175,6 +201,7 @@ def _pair(own: OwnError, other: OwnError | None, actual: Trace, expected: Trace)
         drift=measure(a, e) if both and not choice else None,  # type: ignore[arg-type]  # `both` says both are arrays
         inherited=inherited,
         flips=found,
+        side=side,
     )
 
 

@@ -31,4 +31,6 @@ def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
 
 
 def _first_line(thing: Any) -> str:
-    return (inspect.getdoc(thing) or "").partition("\n")[0]
+    """The first sentence of a docstring, in one line."""
+    paragraph = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
+    return paragraph.partition(". ")[0].partition("; ")[0].rstrip(".")

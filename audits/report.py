@@ -34,9 +34,9 @@ class _Row:
     suspicious: int
 
 
-# Columns by what they need: a narrow terminal gets the first ones and the outcome.
 COLUMNS = ("probe", "own/bound", "worst element", "drift rel L2", "max abs", "ULP p99", "suspicious")
-NARROW, NARROW_COLUMNS = 100, 4
+# How many of them, besides the outcome, fit into a terminal of that width (a pipe counts as wide).
+FITTING = ((100, 7), (70, 4), (45, 2), (0, 1))
 
 
 def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False, width: int = 120) -> Table:
@@ -45,11 +45,11 @@ def probe_table(judged: Sequence[Judged], title: str, *, every: bool = False, wi
     own/bound: largest own error as a share of its bound, and where; drift: against the expected run, as a whole tensor;
     suspicious: elements inside their worst-case bound and beyond the probabilistic one.
     """
-    shown = len(COLUMNS) if width >= NARROW else NARROW_COLUMNS
+    shown = next(columns for least, columns in FITTING if width >= least)
     table = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
     for name in COLUMNS[:shown]:
         table.add_column(name, justify="left" if name in ("probe", "worst element") else "right", no_wrap=True)
-    table.add_column("")
+    table.add_column("", min_width=len("skipped"))
     for row in _rows(judged, every=every):
         *cells, outcome = _cells(row)
         table.add_row(*cells[:shown], outcome)

@@ -9,11 +9,12 @@ shape, the entry is the weakest of them. The keys of a claim are
     output        what the result is rounded to, once
 
 and the values are dtype names, with "input" for the run's dtype. Evidence: [M] measured with MLX 0.32.4 by comparing
-with float64 (tests/engine/test_engine_arithmetic.py repeats the CPU's), [H] the Metal headers that MLX 0.32.4
-installs, [S] MLX's sources of 2026. What the engine itself does in float32 (router, SwiGLU, combine) is its own choice
-and the same everywhere.
+with float64 (tests/engine/test_engine_arithmetic.py repeats the CPU's; docs/evidence/cuda.md has CUDA's, on an H200),
+[H] the Metal headers that MLX 0.32.4 installs, [S] MLX's sources of 2026. What the engine itself does in float32
+(router, SwiGLU, combine) is its own choice and the same everywhere.
 
-Not claimed here: how exact exp, sin and cos are. On the CPU exp is off by up to (1.25|x| + 2)·2⁻²⁴ of its value, and is
+Not claimed here: how exact exp, sin and cos are, and which way a sum is rounded. Tensor cores truncate: the sum of two
+exact products may be off by a whole ulp [M]. On the CPU exp is off by up to (1.25|x| + 2)·2⁻²⁴ of its value, and is
 0 where that would be subnormal, below −87.3 [M]; Metal allows fast::exp 3 + ⌊2|x|⌋ ulp (Metal Shading Language
 specification, table of relative errors).
 """
@@ -59,9 +60,10 @@ def _cpu(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
         # float16 and bfloat16: products and sums in float32, one rounding: 2048 + 63·1 is 2112, not stuck at 2048,
         # and over 99.7% of results are the correctly rounded ones [M]; mlx/backend/cpu/gemms/simd_gemm.h [S].
         "linear": dict(once),
-        # Dequantised weight, product and running sum are each rounded to the dtype: 256 + 63·1 stays 256 in bfloat16,
-        # 90% of float16 results are off, by 4 u in the median at 256 terms [M]; `T sum` in quantized.cpp [S].
-        "quantized_linear": {"operand": "input", "accumulate": "input", "intermediate": "input", "output": "input"},
+        # In float32 with one rounding at the end, because engine/layers.py keeps scales and biases in float32 here:
+        # left in the dtype, the running sum would be in it too (256 + 63·1 stays 256 in bfloat16 [M]; quantized.cpp
+        # [S]).
+        "quantized_linear": {"accumulate": "float32", "intermediate": "float32", "output": "input"},
         # gather_mm runs on float32 copies (engine/layers.py), so as "linear".
         "experts": dict(once),
         # The graph of mlx/fast.cpp [M, S]: x·rsqrt is rounded to the dtype before it is multiplied by the weight.
@@ -100,32 +102,50 @@ def _metal(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
 
 
 def _cuda(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
-    operand = "tf32" if dtype == "float32" and _tf32() else "input"
-    once = {"operand": operand, "accumulate": "float32", "intermediate": "float32", "output": "input"}
-    # qmv.cu: a thread's partial sums are in the dtype for weights of fewer than 8 bits, dequantised weights always [S].
-    narrow = config.quantization is not None and config.quantization.bits < 8
+    tf32 = dtype == "float32" and _tf32()
+    once = {
+        "operand": "tf32" if tf32 else "input",
+        "accumulate": "float32",
+        "intermediate": "float32",
+        "output": "input",
+    }
+    # With few rows, and in every gather_qmm, weights of fewer than 8 bits are multiplied in the dtype, and a thread
+    # adds up every 256th product (512th with 4 bits or fewer) in it; threads are added up in float32 [M]; qmv.cu [S].
+    bits = 8 if config.quantization is None else config.quantization.bits
+    narrow = bits in _PRODUCTS_APART and _longest_sum(config) > _PRODUCTS_APART[bits]
+    # cuDNN (prefill) keeps scores and the softmax's total in float32 and rounds exp(score − max) to the dtype, as an
+    # operand of the product with v; the vector kernel (decode) rounds nothing but the result. Rounding so reproduces
+    # over 97% of results, and rounding scores too under 60% [M]. Other head sizes decode by the graph of mlx/fast.cpp,
+    # where scores are rounded to the dtype [M, S].
+    fused = config.head_dim in (64, 96, 128) and _has_cudnn_attention(detail)
     return {
-        # cuBLASLt computes float32 as CUBLAS_COMPUTE_32F_FAST_TF32 unless MLX_ENABLE_TF32=0, half types as 32F
-        # (cublas_gemm.cpp [S]); on an H200 a float32 product's relative error is 2.9e-4 [M].
+        # cuBLASLt rounds float32 factors to TF32 unless MLX_ENABLE_TF32=0: off by 3e-4 of the result, and by 1e-7 from
+        # the product of rounded factors; a single row is multiplied in float32 (gemv.cu). Half types: float32 sums,
+        # over 99% of results are the correctly rounded ones [M].
         "linear": dict(once),
+        # Weights are dequantised with one fma, rounded to the dtype; with 8 bits, or from 8 rows on, over 99.9% of
+        # results are the exact sums over those, rounded once. float32 factors stay float32, TF32 or not [M].
         "quantized_linear": {
             "operand": "input",
             "accumulate": "input" if narrow else "float32",
             "intermediate": "input",
             "output": "input",
         },
-        # gather_gemm.cu, gather_mv and the grouped GEMM multiply float32 as float32 [S]; a grouped GEMM from a vendor
-        # library may not, so the claim is the weaker one.
-        "experts": dict(once),
-        # rms_norm.cu: x·rsqrt is rounded to the dtype before it is multiplied by the weight [S].
+        # Sorted rows go through a grouped GEMM that converts float32 factors to float16 unless MLX_ENABLE_TF32=0: what
+        # is below 2⁻²⁵ becomes 0, and from 65520 on infinite [M]. Unsorted ones are multiplied in float32.
+        "experts": once | {"operand": "float16" if tf32 else "input"},
+        # x·rsqrt is rounded to the dtype before it is multiplied by the weight; rounding so reproduces 99.99% of
+        # results [M]; rms_norm.cu [S].
         "rms_norm": {"accumulate": "float32", "intermediate": "input", "output": "input"},
-        # rope.cu computes in float and rounds once [S].
+        # In float32, rounded once: within the float32 bound at positions up to 4095 [M]; rope.cu [S].
         "rope": {"operand": "input", "intermediate": "float32", "output": "input"},
-        # cuDNN multiplies probabilities of the dtype by v; shapes that neither it nor the vector kernel takes go the
-        # graph of mlx/fast.cpp, and in float32 through TF32 matmuls (scaled_dot_product_attention.cpp [S]).
-        "attention": once | {"intermediate": "input"},
+        # float32 takes the graph of mlx/fast.cpp through TF32 matmuls, except to decode these head sizes [M].
+        "attention": once | {"intermediate": "float32" if fused else "input"},
     }
 
+
+# By bits: how many products apart those are that one thread adds up. A warp's 32 threads take 16 or 8 each in a row.
+_PRODUCTS_APART = {2: 512, 3: 512, 4: 512, 6: 256}
 
 _BACKENDS: Mapping[str, Callable[[str, Config, str], dict[str, Claims]]] = {
     "cpu": _cpu,
@@ -138,6 +158,19 @@ def _tf32() -> bool:
     """Whether MLX may round float32 factors to TF32: yes, unless MLX_ENABLE_TF32 is 0 (mlx/utils.h)."""
     value = os.environ.get("MLX_ENABLE_TF32", "")
     return not re.fullmatch(r"\s*[+-]?0+\s*", value)
+
+
+def _longest_sum(config: Config) -> int:
+    """The longest sum in a quantised product of the model."""
+    shared = config.moe_intermediate_size * config.n_shared_experts
+    heads = config.num_attention_heads * config.head_dim
+    return max(config.hidden_size, config.moe_intermediate_size, shared, heads)
+
+
+def _has_cudnn_attention(detail: str) -> bool:
+    """Whether MLX gives prefill in half types to cuDNN: from Ampere on (scaled_dot_product_attention.cpp [S])."""
+    found = re.search(r"sm_(\d+)", detail)
+    return found is not None and int(found[1]) >= 80 and os.environ.get("MLX_CUDA_USE_CUDNN_SDPA", "1").strip() == "1"
 
 
 def _has_matrix_unit(detail: str) -> bool:

@@ -73,7 +73,7 @@ def read_config(folder: Path) -> Config:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file; a checkpoint has config.json and safetensors") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: unreadable ({error})") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: a JSON object is expected, found {type(raw).__name__}")
@@ -132,7 +132,7 @@ def _integer(raw: Mapping[str, Any], name: str, least: int) -> int:
 
 def _number(raw: Mapping[str, Any], name: str) -> float:
     value = _get(raw, name)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e300:
         raise CheckpointError(f"{name} is {value!r}; a positive number is expected")
     return float(value)
 

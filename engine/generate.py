@@ -19,7 +19,7 @@ from engine.cache import Cache, make_cache
 from engine.checkpoint import load_checkpoint
 from engine.config import DTYPES, Config, read_config
 from engine.device import Device, select
-from engine.layers import has_packed_experts, widen_experts
+from engine.layers import has_packed_experts, widen
 from engine.model import Decoder
 from engine.module import parameters
 from engine.probes import Array, Step, Tap, to_numpy
@@ -44,7 +44,7 @@ def load(folder: str | Path, *, dtype: str | None = None, device: str = "auto") 
         model = Decoder(config, checkpoint.experts)
         model.load_weights(list(checkpoint.tensors.items()))
         if chosen.name == "cpu":
-            widen_experts(model)
+            widen(model)
         mx.eval(parameters(model))
     return Engine(model, config, dtype=dtype, device=chosen)
 
@@ -121,7 +121,7 @@ class Engine:
     def weights(self) -> Iterator[tuple[str, Array]]:
         """The parameters exactly as held, under the checkpoint's names: affine weights as codes, scales and biases.
 
-        In the run's dtype, but for the correction bias and, on the CPU, dense expert stacks, which are float32.
+        In the run's dtype, but for the correction bias and what `engine.layers.widen` keeps in float32 on the CPU.
         """
         for name, x in parameters(self.model).items():
             yield name, to_numpy(x)

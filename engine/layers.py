@@ -33,8 +33,8 @@ class QuantizedLinear(Module):
         self.scales = self.biases = mx.zeros((out, width // self.group_size))
 
     def __call__(self, x: mx.array) -> mx.array:
-        return mx.quantized_matmul(
-            x,
+        y = mx.quantized_matmul(
+            x.astype(self.scales.dtype),
             self.weight,
             self.scales,
             self.biases,
@@ -42,6 +42,7 @@ class QuantizedLinear(Module):
             group_size=self.group_size,
             bits=self.bits,
         )
+        return y.astype(x.dtype)
 
 
 class SwitchLinear(Module):
@@ -65,8 +66,8 @@ class QuantizedSwitchLinear(Module):
         self.scales = self.biases = mx.zeros((experts, out, width // self.group_size))
 
     def __call__(self, x: mx.array, ids: mx.array, *, in_order: bool = False) -> mx.array:
-        return mx.gather_qmm(
-            x,
+        y = mx.gather_qmm(
+            x.astype(self.scales.dtype),
             self.weight,
             self.scales,
             self.biases,
@@ -76,13 +77,13 @@ class QuantizedSwitchLinear(Module):
             bits=self.bits,
             sorted_indices=in_order,
         )
+        return y.astype(x.dtype)
 
 
 def gather_mm(x: mx.array, stack: mx.array, ids: mx.array, *, in_order: bool) -> mx.array:
     """x (…, 1, in) @ stack (E, in, out)[ids] → (…, 1, out) in x's dtype.
 
-    MLX's CPU backend has gather_mm in float32 alone ("[GatherMM::eval] Currently only supports float32"). There
-    `widen_experts` keeps the stack in float32, with values already rounded to the run's dtype: products are then exact,
+    On the CPU the stack is float32 (`widen`), with values already rounded to the run's dtype: products are then exact,
     sums are float32, and the result is rounded once.
     """
     y = mx.gather_mm(x.astype(stack.dtype), stack, rhs_indices=ids, sorted_indices=in_order)
@@ -94,11 +95,18 @@ def has_packed_experts(model: Module) -> bool:
     return any(isinstance(module, QuantizedSwitchLinear) for module in submodules(model))
 
 
-def widen_experts(model: Module) -> None:
-    """Keep the dense expert stacks of `model` in float32, values unchanged: what the CPU's gather_mm needs."""
+def widen(model: Module) -> None:
+    """Keep dense expert stacks, and the scales and biases of affine weights, in float32, values unchanged.
+
+    For MLX's CPU backend: its gather_mm is in float32 alone ("[GatherMM::eval] Currently only supports float32"), and
+    its quantised products keep their running sum in the dtype of the scales (`T sum` in mlx/backend/cpu/quantized.cpp),
+    where 256 terms in bfloat16 leave no digit. In float32 both are as good as on a GPU.
+    """
     for module in submodules(model):
         if isinstance(module, SwitchLinear):
             module.weight = module.weight.astype(mx.float32)
+        if isinstance(module, QuantizedLinear | QuantizedSwitchLinear):
+            module.scales, module.biases = module.scales.astype(mx.float32), module.biases.astype(mx.float32)
 
 
 def swiglu(gate: mx.array, up: mx.array, limit: float | None) -> mx.array:

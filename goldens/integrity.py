@@ -18,8 +18,8 @@ from typing import Any
 
 import numpy as np
 
+from goldens.arrays import Array
 from goldens.errors import GoldenError
-from goldens.trace import Array
 
 SCHEMA = "assay-golden"
 SCHEMA_VERSION = 1

@@ -19,6 +19,7 @@ import h5py
 import ml_dtypes
 import numpy as np
 
+from goldens.arrays import Array
 from goldens.errors import GoldenError
 from goldens.integrity import (
     broken_seal,
@@ -33,7 +34,7 @@ from goldens.integrity import (
     quote,
     sha256_of,
 )
-from goldens.trace import Array, Trace, probe_dims
+from goldens.trace import Trace, probe_dims
 
 # How each dtype is stored. HDF5 has no bfloat16 (its bits are stored as uint16), and h5py's bool is an enumeration.
 STORAGE: dict[str, str] = {

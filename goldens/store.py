@@ -24,6 +24,7 @@ import h5py
 import numpy as np
 
 from goldens import files
+from goldens.arrays import Array
 from goldens.errors import GoldenError
 from goldens.integrity import (
     RESTORE,
@@ -41,7 +42,7 @@ from goldens.integrity import (
     sha256_of,
 )
 from goldens.reading import MAX_BYTES, STORAGE, TOKENS, read
-from goldens.trace import Array, Trace
+from goldens.trace import Trace
 
 __all__ = ["SCHEMA", "SCHEMA_VERSION", "Golden", "encode", "open", "write"]
 

@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy as np
 
+from goldens.arrays import Array, as_numpy
+from goldens.errors import GoldenError
+
 # Axis labels by the last part of a probe's name. T tokens, D hidden size, V vocabulary, Hq query heads, Hkv key-value
 # heads, Dh head size, E experts, K experts a token, F expert width.
 DIMS: dict[str, tuple[str, ...]] = {
@@ -46,8 +49,6 @@ DIMS: dict[str, tuple[str, ...]] = {
     "token": ("T",),
 }
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 def probe_dims(name: str, ndim: int) -> tuple[str, ...]:
     """Axis labels of probe `name` with `ndim` axes; an unknown probe gets ("T", "axis1", …)."""
@@ -75,20 +76,31 @@ class Trace:
 
 
 class Recorder:
-    """A tap that keeps what it is given; `trace()` joins the steps of each probe along the token axis."""
+    """A tap that keeps copies of what it is given; `trace()` joins the steps of each probe along the token axis."""
 
     def __init__(self) -> None:
         self._steps: dict[str, list[Array]] = {}
 
     def __call__(self, name: str, array: Any) -> None:
-        self._steps.setdefault(name, []).append(np.asarray(array))
+        self._steps.setdefault(name, []).append(as_numpy(name, array))
 
     def trace(self, *, case: str, tokens: Any, provenance: Mapping[str, Any] | None = None) -> Trace:
-        """The Trace of everything tapped so far."""
-        probes = {name: np.concatenate(steps) if len(steps) > 1 else steps[0] for name, steps in self._steps.items()}
+        """The Trace of everything tapped so far; GoldenError when the steps of a probe don't fit together."""
         return Trace(
             case=case,
             tokens=np.asarray(tokens, dtype=np.int32),
-            probes=probes,
+            probes={name: _joined(name, steps) for name, steps in self._steps.items()},
             provenance=dict(provenance or {}),
         )
+
+
+def _joined(name: str, steps: list[Array]) -> Array:
+    if len(steps) == 1:
+        return steps[0]
+    try:
+        return np.concatenate(steps)
+    except (ValueError, TypeError) as error:
+        shapes = ", ".join(str(step.shape) for step in steps[:3])
+        raise GoldenError(
+            f"probe {name}: steps of shapes {shapes} … can't be joined; the first axis is the tokens, the rest stays"
+        ) from error

@@ -52,7 +52,7 @@ def read_config(folder: Path) -> Config:
         raise CheckpointError(
             f"{path}: can't be read ({error.strerror}); name a folder in the Hugging Face layout"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not JSON ({error})") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: holds no JSON object")
@@ -60,7 +60,7 @@ def read_config(folder: Path) -> Config:
         return _config(raw)
     except KeyError as error:
         raise CheckpointError(f"{path}: {error.args[0]!r} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path}: {error}") from error
 
 

@@ -24,6 +24,11 @@ from reference.threads import threads_for
 # dtype. The router is held to float32 throughout, since a logit rounded to half moves experts (DeepSeek-V3 keeps it in
 # float32).
 DEFAULT_CLAIMS: Mapping[str, Mapping[str, str]] = {"router": {"output": "float32"}}
+# Every op that an engine may state the arithmetic of.
+OPS = (
+    *("embedding", "rms_norm", "linear", "quantized_linear", "rope", "attention", "add", "router", "routing"),
+    *("experts", "swiglu", "combine", "logits", "token"),
+)
 # Ops whose inputs are float32 in every run: they read the router's logits.
 FLOAT32_OPS = ("routing",)
 
@@ -32,10 +37,13 @@ ArrayMap = Mapping[str, np.ndarray[Any, np.dtype[Any]]]
 
 @dataclass(frozen=True, kw_only=True)
 class Step:
-    """One node of a replay: what honest arithmetic gives, or why that can't be said (`skipped`)."""
+    """One node of a replay: what honest arithmetic gives, or why that can't be said (`skipped`).
+
+    `problem` says what makes the recorded probe itself no answer at all: missing, mis-shaped, of the wrong kind.
+    """
 
     probe: str
-    shape: tuple[int, ...]
+    problem: str
     expected: Bounded | Choice | None
     skipped: str = ""
 
@@ -44,6 +52,16 @@ def arithmetic(claims: Mapping[str, Mapping[str, str]], op: str, dtype: str) -> 
     """The arithmetic of `op` in a run of `dtype`, from an engine's table of claims; ValueError for an unknown claim."""
     stated = {**DEFAULT_CLAIMS.get(op, {}), **claims.get(op, {})}
     return Arithmetic.claim("float32" if op in FLOAT32_OPS else dtype, **stated)
+
+
+def check_claims(claims: Any, dtype: str) -> None:
+    """Raise ValueError unless `claims` is a table op -> {claim: dtype} of known ops, claims and dtypes."""
+    if not isinstance(claims, Mapping) or not all(isinstance(stated, Mapping) for stated in claims.values()):
+        raise ValueError("an engine's arithmetic is a dict: op -> {claim: dtype}")
+    if unknown := sorted(set(claims) - set(OPS)):
+        raise ValueError(f"arithmetic: no op {unknown[0]!r}; the ops are {', '.join(OPS)}")
+    for op in OPS:
+        arithmetic(claims, op, dtype)
 
 
 def replay(
@@ -59,28 +77,37 @@ def replay(
     model.check_tokens(ids.tolist())
     shapes = {"tokens": ids.shape, **{node.probe: (len(ids), *node.shape) for node in model.graph}}
     values = {"tokens": torch.from_numpy(ids)}
-    problems: dict[str, str] = {}
-    for name, array in probes.items():
-        if name in shapes:
-            problems[name] = _problem(name, array, shapes[name], model)
-            if not problems[name]:
-                values[name] = _exact(array)
+    problems = {"tokens": ""}
+    for name in (node.probe for node in model.graph):
+        problems[name] = _problem(name, probes.get(name), shapes[name])
+        if not problems[name]:
+            values[name] = _exact(probes[name])
     for node in model.graph:
         arith = arithmetic(claims, node.claims, dtype or model.dtype)
-        unusable = [f"{name} is {problems.get(name) or 'missing'}" for name in node.inputs if name not in values]
+        unusable = [f"{name} {problems[name]}" for name in node.inputs if problems[name]]
+        unusable += [f"{name} holds ids that no expert has" for name in node.inputs if _invalid(name, values, model)]
         expected = None
         if not unusable:
             with torch.inference_mode(), threads_for(model.largest_matrix):
                 expected = node.judge(arith, *(values[name] for name in node.inputs))
-        yield Step(probe=node.probe, shape=shapes[node.probe], expected=expected, skipped="; ".join(unusable))
+        yield Step(probe=node.probe, problem=problems[node.probe], expected=expected, skipped="; ".join(unusable))
 
 
-def _problem(name: str, array: np.ndarray[Any, np.dtype[Any]], shape: tuple[int, ...], model: Reference) -> str:
+def _problem(name: str, array: np.ndarray[Any, np.dtype[Any]] | None, shape: tuple[int, ...]) -> str:
+    if array is None:
+        return "is missing from the trace"
     if array.shape != shape:
-        return f"of shape {array.shape}, not {shape}"
-    if name.endswith(".experts") and not ((array >= 0) & (array < model.config.n_routed_experts)).all():
-        return f"holding expert ids outside 0…{model.config.n_routed_experts - 1}"
+        return f"has shape {array.shape}, the model's is {shape}"
+    ids = name.endswith(".experts") or name == "token"
+    if ids != (array.dtype.kind in "iu"):
+        return f"holds {array.dtype}, {'ids are integers' if ids else 'values are floating-point'}"
     return ""
+
+
+def _invalid(name: str, values: Mapping[str, Tensor], model: Reference) -> bool:
+    if not name.endswith(".experts") or name not in values:
+        return False
+    return not bool(((values[name] >= 0) & (values[name] < model.config.n_routed_experts)).all())
 
 
 def _exact(array: np.ndarray[Any, np.dtype[Any]]) -> Tensor:

@@ -1,8 +1,11 @@
 """The command line: exit codes, one-line errors, and that what is printed can be used."""
 
+import io
 import json
 import shlex
+import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,18 +95,81 @@ def test_a_failure_exits_1_names_the_place_and_prints_its_replay(assay, model: P
         (["golden", "verify", "nowhere.h5"], "nowhere.h5"),
         (["golden", "accept", "nowhere.h5"], "nowhere.h5"),
         (["golden", "regenerate", "nowhere.h5"], "--tokens"),
+        (["golden", "regenerate", "--tokens", "1,2"], "NAME.h5"),
+        (["golden", "regenerate", "a.txt", "--tokens", "1,2", "--dtype", "float32"], "NAME.h5"),
+        (["golden", "regenerate", ".", "--tokens", "1,2", "--dtype", "float32"], "NAME.h5"),
+        (["golden", "regenerate", "--dtype", "float32"], "--tokens"),
+        (["run", "--golden", "g.h5", "--seed", "3"], "leave out --seed"),
+        (["run", "--golden", "g.h5", "--dtype", "float16"], "leave out --dtype"),
+        (["run", "--tokens", ""], "--tokens"),
+        (["run", "--tokens", "1,2", "--decode", "3"], "decode is 3"),
+        (["run", "--tokens", "1", "--json", "nowhere/x.json"], "--json"),
+        (["run", "--model", "a[/]b"], "a[/]b"),
+        (["run", "--nonsense"], "--nonsense"),
+        (["golden", "verify", ""], "file"),
         (["bisect", "nowhere.h5"], "nowhere.h5"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_2(assay, model: Path, arguments: list[str], told: str) -> None:
-    if "--model" not in arguments and "--tokens" in arguments and "--prompt" not in arguments:
+    if arguments[0] == "run" and "--tokens" in arguments and "--prompt" not in arguments:
         arguments = [*arguments, "--model", str(model)]
     code, _, err = assay(*arguments)
-    lines = [line for line in err.splitlines() if line.strip()]
+    lines = [line for line in err.splitlines() if not line.startswith("…")]
     assert code == 2
     assert len(lines) == 1, err
     assert lines[0].startswith("assay: ")
     assert told in lines[0]
+
+
+def test_short_prompts_need_no_options(assay, model: Path) -> None:
+    for tokens in ("1", "1,2", "1,2,3"):
+        code, out, _ = assay("run", "--model", model, "--tokens", tokens)
+        assert code == 0, out
+
+
+def test_one_bad_golden_does_not_lose_the_others(assay, model: Path, tmp_path: Path) -> None:
+    good, bad, report = tmp_path / "good.h5", tmp_path / "bad.h5", tmp_path / "r.json"
+    assay("golden", "regenerate", good, "--model", model, "--tokens", TOKENS)
+    assay("golden", "accept", good)
+    bad.write_bytes(good.read_bytes()[:-100])
+    code, out, err = assay("golden", "verify", bad, good, "--json", report)
+    assert code == 2
+    assert "bad.h5" in err
+    assert "PASS golden verify" in out
+    outcomes = [verdict["outcome"] for verdict in json.loads(report.read_text())["verdicts"]]
+    assert outcomes == ["could-not-judge", "pass"]
+
+
+def test_a_closed_pipe_is_no_failed_audit(model: Path) -> None:
+    command = f"{sys.executable} -m assay run --model {model} --tokens {TOKENS} | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.returncode in (0, 141), done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("redirect", [">&-", ">/dev/full"])
+def test_no_standard_output_is_no_traceback(redirect: str) -> None:
+    if redirect == ">/dev/full" and not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m assay --help {redirect}"], capture_output=True, text=True
+    )
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("width", [30, 60, 90, 200])
+def test_probe_and_outcome_fit_into_every_terminal(width: int, model: Path) -> None:
+    from rich.console import Console
+
+    from audits.cases import cases_for
+    from audits.report import probe_table
+    from audits.side_by_side import audit_model
+
+    judged = list(audit_model(cases_for(str(model), tokens=TOKENS, device="cpu")))
+    screen = Console(width=width, record=True, file=io.StringIO())
+    screen.print(probe_table(judged, "title", width=width))
+    row = next(text for text in screen.export_text().splitlines() if "moe.router" in text)
+    assert row.rstrip().endswith("pass")
 
 
 def test_tokens_outside_the_vocabulary(assay, model: Path) -> None:
@@ -118,6 +184,8 @@ def test_the_golden_workflow(assay, model: Path, tmp_path: Path) -> None:
     assert code == 0, err
     assert "pending" in out
     assert not golden.exists()
+    code, out, _ = assay("golden", "diff", golden)
+    assert code == 0, "a new golden is judged against the reference"
     assert assay("golden", "accept", golden)[0] == 0
     first = store.open(golden).content_hash
     assert assay("golden", "verify", golden)[0] == 0
@@ -133,6 +201,62 @@ def test_the_golden_workflow(assay, model: Path, tmp_path: Path) -> None:
     assert store.open(golden).content_hash == first, "regenerating is deterministic"
     code, out, _ = assay("bisect", golden)
     assert (code, "every op is within its bound" in out) == (0, True)
+
+
+def test_a_pending_golden_that_fails_is_accepted_by_force_only(assay, model: Path, tmp_path: Path, monkeypatch) -> None:
+    import engine.cache
+
+    golden = tmp_path / "g.h5"
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.cache.KVCache, "mask", lambda self, L: None)
+        assay("golden", "regenerate", golden, "--model", model, "--tokens", TOKENS)
+    code, out, _ = assay("golden", "accept", golden)
+    assert code == 1
+    assert "NOT accepted" in out
+    assert "layers.1.attn.context" in out
+    assert not golden.exists()
+    assert assay("golden", "accept", golden, "--force")[0] == 0
+    code, out, _ = assay("golden", "verify", golden)
+    assert code == 1
+    replay = next(text for text in out.splitlines() if "replay:" in text).split("replay:")[1]
+    assert assay(*shlex.split(replay)[1:])[0] == 1, "the replay fails as the run did"
+
+
+def test_a_golden_with_weaker_claims_is_refused(assay, model: Path, tmp_path: Path) -> None:
+    golden = tmp_path / "g.h5"
+    assay("golden", "regenerate", golden, "--model", model, "--tokens", TOKENS)
+    assay("golden", "accept", golden)
+    trace = store.open(golden).trace
+    weaker = {**trace.provenance["arithmetic"], "logits": {"accumulate": "bfloat16"}}
+    store.write(golden, [replace(trace, provenance={**trace.provenance, "arithmetic": weaker})])
+    code, _, err = assay("golden", "verify", golden)
+    assert code == 2
+    assert "another arithmetic" in err
+
+
+@pytest.mark.parametrize("key", ["arithmetic", "weights", "dtype", "case"])
+def test_nonsense_in_a_goldens_provenance_is_one_line(assay, model: Path, tmp_path: Path, key: str) -> None:
+    golden = tmp_path / "g.h5"
+    assay("golden", "regenerate", golden, "--model", model, "--tokens", TOKENS)
+    assay("golden", "accept", golden)
+    trace = store.open(golden).trace
+    store.write(golden, [replace(trace, case="[red]", provenance={**trace.provenance, key: "foo"})])
+    code, _, err = assay("golden", "verify", golden)
+    assert code == 2
+    assert "Traceback" not in err
+    assert [text for text in err.splitlines() if text.startswith("assay: ")]
+
+
+def test_a_golden_of_a_changed_model_can_be_renewed(assay, tmp_path: Path) -> None:
+    golden, model = tmp_path / "g.h5", make_checkpoint(tmp_path / "model")
+    assay("golden", "regenerate", golden, "--model", model, "--tokens", TOKENS)
+    assay("golden", "accept", golden)
+    make_checkpoint(model, seed=1)
+    assert assay("golden", "verify", golden)[0] == 2
+    assert assay("golden", "regenerate", golden)[0] == 0
+    assert assay("golden", "diff", golden)[0] == 0, "against the reference, since the accepted one is another model's"
+    assert assay("golden", "accept", golden)[0] == 0
+    assert assay("golden", "verify", golden)[0] == 0
 
 
 def test_a_golden_of_another_model_is_refused_with_what_changed(assay, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import assay
 from audits.cases import Case
 from audits.compare import compare
-from audits.side_by_side import load_reference, run
+from audits.runs import load_reference, run
 from goldens.trace import Trace
 from reference.model import Reference
 

@@ -14,7 +14,8 @@ import engine.moe
 import engine.router
 from audits.cases import Case
 from audits.compare import Comparison
-from audits.side_by_side import audit_case, load_engine
+from audits.runs import load_engine
+from audits.side_by_side import audit_case
 from engine.generate import Engine
 
 DTYPES = ("float32", "float16", "bfloat16")

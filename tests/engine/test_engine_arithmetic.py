@@ -16,9 +16,10 @@ import pytest
 
 import engine
 from engine.arithmetic import arithmetic
-from engine.config import Config, parse_config
+from engine.config import Config, Quantization, parse_config
 from engine.device import Device
-from engine.layers import gather_mm, swiglu
+from engine.layers import QuantizedLinear, QuantizedSwitchLinear, gather_mm, swiglu, widen
+from engine.module import Module
 from engine.moe import combine
 from tests.engine.tiny import CONFIG, make_checkpoint
 
@@ -91,24 +92,29 @@ def test_experts_accumulate_in_float32_and_round_once(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])
-def test_quantised_products_accumulate_in_the_dtype(dtype: str, bits: int) -> None:
-    """The claim is weak because the strong one fails: sums of ones stay where the dtype has no next integer."""
+def test_quantised_products_sum_in_float32_only_because_they_are_widened(dtype: str, bits: int) -> None:
+    """MLX's own sum of ones stays where the dtype has no next integer; with float32 scales it doesn't."""
     config = {"quantization": {"group_size": 32, "bits": bits}}
-    assert claims(dtype, **config)["quantized_linear"] == dict.fromkeys(
-        ("operand", "accumulate", "intermediate", "output"), "input"
-    )
+    assert claims(dtype, **config)["quantized_linear"]["accumulate"] == "float32"
     kind = to_mx(np.ones(1, HALVES[dtype])).dtype
     packed = mx.zeros((8, 64 * bits // 32), mx.uint32)
     x = np.ones((1, 64), HALVES[dtype])
     x[:, 0] = STUCK[dtype]
     zero, one = mx.zeros((8, 2), kind), mx.ones((8, 2), kind)
-    actual = mx.quantized_matmul(to_mx(x), packed, zero, one, transpose=True, group_size=32, bits=bits)
-    assert values(actual).tolist() == [[STUCK[dtype]] * 8]
-    ids = mx.array([[0]])
-    gathered = mx.gather_qmm(
-        to_mx(x)[:, None, None], packed[None], zero[None], one[None], rhs_indices=ids, group_size=32, bits=bits
-    )
-    assert values(gathered).flatten().tolist() == [STUCK[dtype]] * 8
+    stuck = mx.quantized_matmul(to_mx(x), packed, zero, one, transpose=True, group_size=32, bits=bits)
+    assert values(stuck).tolist() == [[STUCK[dtype]] * 8]
+
+    layer = QuantizedLinear(64, 8, Quantization(group_size=32, bits=bits))
+    layer.weight, layer.scales, layer.biases = packed, zero, one
+    stack = QuantizedSwitchLinear(1, 64, 8, Quantization(group_size=32, bits=bits))
+    stack.weight, stack.scales, stack.biases = packed[None], zero[None], one[None]
+    both = Module()
+    both.layer, both.stack = layer, stack
+    widen(both)
+    # 2048 + 63 and 256 + 63 lie between two numbers of the dtype: rounded once, to the nearest.
+    exact = np.array([[STUCK[dtype] + 63.0]]).astype(HALVES[dtype]).astype(np.float64)
+    assert values(layer(to_mx(x))).tolist() == [exact.tolist()[0] * 8]
+    assert values(stack(to_mx(x)[:, None, None], mx.array([[0]]))).flatten().tolist() == exact.tolist()[0] * 8
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -2,6 +2,7 @@
 
 The CPU run is held to the formulas elsewhere; here the question is whether every op exists on the GPU in every dtype
 and computes the same thing. Bounds are those of the coarsest arithmetic that a GPU claims: TF32 factors in float32.
+What CUDA claims is then measured from both sides: results obey the claim, and break the stronger one.
 """
 
 from __future__ import annotations
@@ -9,14 +10,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import mlx.core as mx
 import numpy as np
 import pytest
 
 import engine
+from engine.arithmetic import arithmetic
+from engine.config import parse_config
 from engine.device import devices
+from engine.layers import gather_mm
 from engine.router import sqrtsoftplus, top_k
-from tests.engine.tiny import make_checkpoint
+from tests.engine.tiny import CONFIG, make_checkpoint
 
 Array = np.ndarray[Any, np.dtype[Any]]
 TOKENS = [7, 3, 60, 11, 3, 42, 0, 19, 25, 33, 8, 8, 51, 14, 2, 37, 46]
@@ -33,6 +38,8 @@ LANES = [
     pytest.param(name, marks=pytest.mark.skipif(not _FOUND[name].available, reason=f"{name}: {_FOUND[name].detail}"))
     for name in ("metal", "cuda")
 ]
+CUDA = LANES[1:]
+HALVES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 
 def record(folder: Path, dtype: str, device: str, **how: Any) -> dict[str, Array]:
@@ -91,3 +98,88 @@ def test_ties_and_cold_logits_are_settled_as_on_the_cpu(device: str) -> None:
         actual = np.array(sqrtsoftplus(mx.array(x)))
     assert (np.abs(actual / np.sqrt(np.logaddexp(x.astype(np.float64), 0)) - 1) < 1e-5).all()
     assert (np.diff(actual) >= 0).all()
+
+
+def claims(device: str, dtype: str, **config: Any) -> dict[str, dict[str, str]]:
+    return arithmetic(devices()[device], dtype, parse_config(CONFIG | {"head_dim": 64} | config), packed_experts=False)
+
+
+def rounded(x: Array, dtype: str) -> Array:
+    return x.astype(np.float32).astype(HALVES[dtype]).astype(np.float64)
+
+
+def to_mx(x: Array, dtype: str) -> mx.array:
+    return mx.array(x.astype(np.float32)).astype(getattr(mx, dtype))
+
+
+def misrounded(actual: mx.array, exact: Array, dtype: str) -> float:
+    """Share of elements that are not `exact` rounded once."""
+    return float(np.mean(np.array(actual.astype(mx.float32)) != rounded(exact, dtype)))
+
+
+@pytest.mark.parametrize("device", CUDA)
+def test_float32_factors_are_rounded_as_claimed(device: str) -> None:
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((9, 256)).astype(np.float32), rng.standard_normal((64, 256)).astype(np.float32)
+    ids = mx.array(np.sort(rng.integers(0, 3, 96)).astype(np.uint32))
+    with mx.stream(devices()[device].handle):
+        product = np.array(mx.array(x) @ mx.array(w).T)
+        # Beyond float16's largest number, and still far from float32's.
+        stack, large = mx.ones((3, 64, 32)).swapaxes(-1, -2), mx.full((96, 1, 32), 2.0**17)
+        grouped = np.array(gather_mm(large, stack, ids, in_order=True))
+    exact = x.astype(np.float64) @ w.astype(np.float64).T
+    error = np.linalg.norm(product - exact) / np.linalg.norm(exact)
+    table = claims(device, "float32")
+    assert error < 1e-6 if table["linear"]["operand"] == "input" else 1e-5 < error < 2.0**-10
+    assert table["experts"]["operand"] == ("float16" if np.isinf(grouped).all() else "input")
+    assert np.isinf(grouped).all() or (grouped == 32 * 2.0**17).all()
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("L", [1, 7])
+def test_attention_rounds_no_scores_as_claimed(device: str, dtype: str, L: int) -> None:
+    rng = np.random.default_rng(1)
+    q, k, v = (rounded(rng.standard_normal(shape), dtype) for shape in ((1, 4, L, 64), (1, 4, 33, 64), (1, 4, 33, 64)))
+    with mx.stream(devices()[device].handle):
+        actual = mx.fast.scaled_dot_product_attention(*(to_mx(x, dtype) for x in (q, k, v)), scale=0.125)
+
+    def attend(scores: Array, kept: Any) -> Array:
+        e = np.exp(scores - scores.max(-1, keepdims=True))
+        context: Array = kept(e) @ v / e.sum(-1, keepdims=True)
+        return context
+
+    scores = 0.125 * q @ k.swapaxes(-1, -2)
+    once = attend(scores, (lambda e: rounded(e, dtype)) if L > 1 else (lambda e: e))
+    assert claims(device, dtype)["attention"] == {
+        "operand": "input", "accumulate": "float32", "intermediate": "float32", "output": "input"
+    }  # fmt: skip
+    assert misrounded(actual, once, dtype) < 0.05
+    assert misrounded(actual, attend(rounded(scores, dtype), lambda e: e), dtype) > 0.2
+
+
+@pytest.mark.parametrize("device", CUDA)
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("bits", "apart"), [(2, 512), (3, 512), (4, 512), (6, 256), (8, None)])
+def test_quantised_products_are_added_up_in_the_dtype_as_far_apart_as_claimed(
+    device: str, dtype: str, bits: int, apart: int | None
+) -> None:
+    """Row j: a number whose successor the dtype hasn't got, one at j, and the number's negative; the one is lost where
+    it was added to the number in the dtype."""
+    width, large = 1024, {"float16": 2048.0, "bfloat16": 256.0}[dtype]
+    x = np.eye(width)
+    x[:, 0], x[:, 1] = large, -large
+    rows = np.arange(2, width)
+    packed = mx.zeros((1, 8, width * bits // 32), mx.uint32)
+    zero, one = (to_mx(np.full((1, 8, width // 64), value), dtype) for value in (0.0, 1.0))
+    with mx.stream(devices()[device].handle):
+        y = mx.gather_qmm(
+            to_mx(x[rows][:, None], dtype), packed, zero, one,
+            rhs_indices=mx.zeros(len(rows), mx.uint32), group_size=64, bits=bits,
+        )  # fmt: skip
+        lost = rows[np.array(y.astype(mx.float32))[:, 0, 0] == 0]
+    shared = [] if apart is None else [j for j in rows if j % apart in (0, 1)]
+    assert lost.tolist() == shared
+    for hidden, narrow in ((256, False), (1024, apart is not None)):
+        config = {"hidden_size": hidden, "quantization": {"group_size": 64, "bits": bits}, "moe_intermediate_size": 64}
+        assert claims(device, dtype, **config)["quantized_linear"]["accumulate"] == ("input" if narrow else "float32")

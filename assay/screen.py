@@ -1,0 +1,141 @@
+"""What the commands show: tables, lines, progress, and errors as one line with exit code 2."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+if TYPE_CHECKING:
+    from audits.side_by_side import Judged
+
+# Not a terminal (a CI log): wide enough for every column of the table.
+LOG_WIDTH = 140
+INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
+
+
+def _console(stream: Any, *, stderr: bool) -> Console:
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" rather than a traceback
+    terminal = stream is not None and stream.isatty()
+    return Console(soft_wrap=True, highlight=False, width=None if terminal else LOG_WIDTH, stderr=stderr)
+
+
+console = _console(sys.stdout, stderr=False)
+errors = _console(sys.stderr, stderr=True)
+
+
+def line(where: Console, text: str) -> None:
+    """One line of plain text: names of files and cases are never read as markup."""
+    where.print(text, markup=False)
+
+
+def start(app: typer.Typer) -> NoReturn:
+    """Run the command line and exit: errors at the edge become one line and exit code 2."""
+    try:
+        code = app(standalone_mode=False)
+        sys.stdout.flush() if sys.stdout else None
+    except BrokenPipeError:
+        # The reader (head, less) has enough; the rest of standard output goes nowhere.
+        with suppress(OSError, AttributeError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(CLOSED_PIPE)
+    except (ValueError, OSError, RecursionError, MemoryError) as error:
+        line(errors, f"assay: {' '.join(str(error).split())}")
+        sys.exit(2)
+    except (typer.Abort, KeyboardInterrupt):
+        line(errors, "assay: interrupted; nothing that was accepted has changed")
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        line(errors, f"assay: {error.format_message()} (see --help)")  # typer's own complaint about the usage
+        sys.exit(2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A group of cases shown as one table; `steps` judges them, calling its argument before each."""
+
+    title: str
+    steps: Callable[[Callable[[str], None]], Iterable[Judged]]
+    total: int | None = None
+
+
+def judge(jobs: Sequence[Job], json: Path | None, *, every: bool) -> NoReturn:
+    """Run the jobs, show each as it is done, write the JSON, and exit with the report's code.
+
+    What can't be judged (a golden that is refused, a checkpoint that can't be read) is one verdict; the rest goes on.
+    """
+    from audits.report import report_json
+    from audits.verdict import Report, Verdict
+
+    if json is not None and str(json) != "-" and not (json.parent.is_dir() and os.access(json.parent, os.W_OK)):
+        raise ValueError(f"--json {json}: {json.parent} is no folder that can be written to")
+    # With the JSON on standard output, people read the tables on standard error.
+    screen = errors if str(json) == "-" else console
+    judged: list[Judged] = []
+    verdicts: list[Verdict] = []
+    for job in jobs:
+        done: list[Judged] = []
+        try:
+            with progress(job.title, job.total) as advance:
+                done.extend(job.steps(advance))
+        except (ValueError, OSError) as error:
+            if isinstance(error, BrokenPipeError):
+                raise
+            message = " ".join(str(error).split())
+            line(errors, f"assay: {message}")
+            case = {"name": job.title}
+            verdicts.append(Verdict(outcome="could-not-judge", audit="run", case=case, message=message))
+        if done:
+            _show(screen, job.title, done, every=every)
+        judged += done
+        verdicts += [one.verdict for one in done]
+    report = Report(verdicts=verdicts)
+    if json is not None:
+        text = report_json(report, judged)
+        if str(json) == "-":
+            print(text)
+        else:
+            json.write_text(text + "\n", encoding="utf-8")
+    raise typer.Exit(report.exit_code)
+
+
+def _show(screen: Console, title: str, judged: Sequence[Judged], *, every: bool) -> None:
+    from audits.report import probe_table, summary_lines, verdict_line
+
+    told = judged[0].actual.provenance
+    where = f"{told.get('engine')} {told.get('version', '')} on {told.get('device', 'an unnamed device')}"
+    screen.print(probe_table(judged, f"{title} ({where})", every=every, width=screen.width))
+    for text in summary_lines(judged):
+        line(screen, text)
+    for verdict in (one.verdict for one in judged):
+        screen.print(verdict_line(verdict))
+        if verdict.outcome != "pass":
+            line(screen, f"  replay: {verdict.evidence['replay']}")
+
+
+@contextmanager
+def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
+    """A progress bar on a terminal, a line a step in a log, on standard error; the yielded function names a step."""
+    if not errors.is_terminal:
+        yield lambda name: line(errors, f"… {title}: {name}")
+        return
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=errors, transient=True) as bar:
+        task = bar.add_task(title, total=total, completed=-1 if total else 0)
+
+        def advance(name: str) -> None:
+            bar.update(task, advance=1, description=f"{title}: {name}")
+
+        yield advance
