@@ -54,7 +54,10 @@ def run(engine: str | EngineLike, case: Case | Mapping[str, Any]) -> Trace:
         loaded = _engine(engine, case)
         told = checked_provenance(loaded)
         load_reference(case.model, weights_dtype(told)).check_tokens(case.tokens)
-        loaded.run(case.tokens, tap=recorder, chunk=case.chunk, decode=case.decode)
+        try:
+            loaded.run(case.tokens, tap=recorder, chunk=case.chunk, decode=case.decode)
+        except RuntimeError as error:  # what MLX and torch raise when a kernel can't be launched
+            raise ValueError(f"the engine failed in case {case.name}: {error}") from error
         reference = load_reference(case.model, weights_dtype(told))
         told["weights"] = check_weights(loaded, reference, model_fingerprint(case.model))
     return recorder.trace(case=case.name, tokens=case.tokens, provenance={"source": "engine", **told, **_origin(case)})

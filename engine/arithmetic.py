@@ -109,8 +109,8 @@ def _cuda(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
         "intermediate": "float32",
         "output": "input",
     }
-    # With few rows, and in every gather_qmm, weights of fewer than 8 bits are multiplied in the dtype, and a thread
-    # adds up every 256th product (512th with 4 bits or fewer) in it; threads are added up in float32 [M]; qmv.cu [S].
+    # With few rows, weights of fewer than 8 bits are multiplied in the dtype, and a thread adds up every 256th product
+    # (512th with 4 bits or fewer) in it; threads are added up in float32 [M]; qmv.cu [S].
     bits = 8 if config.quantization is None else config.quantization.bits
     narrow = bits in _PRODUCTS_APART and _longest_sum(config) > _PRODUCTS_APART[bits]
     # cuDNN (prefill) keeps scores and the softmax's total in float32 and rounds exp(score − max) to the dtype, as an
@@ -123,7 +123,7 @@ def _cuda(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
         # the product of rounded factors; a single row is multiplied in float32 (gemv.cu). Half types: float32 sums,
         # over 99% of results are the correctly rounded ones [M].
         "linear": dict(once),
-        # Weights are dequantised with one fma, rounded to the dtype; with 8 bits, or from 8 rows on, over 99.9% of
+        # Weights are dequantised with one fma, rounded to the dtype; with 8 bits, or with 32 rows, 99.9% of the
         # results are the exact sums over those, rounded once. float32 factors stay float32, TF32 or not [M].
         "quantized_linear": {
             "operand": "input",

@@ -226,9 +226,15 @@ def test_metal_claims_float32_scores_where_attention_is_fused() -> None:
 
 @pytest.mark.parametrize(("bits", "accumulate"), [(4, "input"), (8, "float32")])
 def test_cudas_quantised_sums_depend_on_the_bits(bits: int, accumulate: str) -> None:
-    table = on("cuda", "float16", quantization={"group_size": 32, "bits": bits}, tie_word_embeddings=False)
+    wide = {"hidden_size": 1024, "tie_word_embeddings": False}
+    table = on("cuda", "float16", quantization={"group_size": 32, "bits": bits}, **wide)
     assert table["quantized_linear"]["accumulate"] == accumulate
     assert table["experts"] == table["logits"] == table["quantized_linear"]
+
+
+def test_cuda_claims_what_was_measured_on_an_h200() -> None:
+    assert on("cuda", "float16", "NVIDIA H200 sm_90", head_dim=64)["attention"]["intermediate"] == "float32"
+    assert on("cuda", "float32")["experts"]["operand"] == "float16"
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
@@ -240,7 +246,7 @@ def test_every_op_is_claimed_for_in_known_words(device: str, dtype: str) -> None
     for op, claim in table.items():
         assert claim["output"] == ("float32" if op == "router" else "input")
         assert set(claim) <= {"operand", "accumulate", "intermediate", "output"}
-        assert set(claim.values()) <= {"input", "float32", "tf32"}
+        assert set(claim.values()) <= {"input", "float32", "tf32", "float16"}
     assert "quantized_linear" not in on(device, dtype)
 
 

@@ -161,25 +161,22 @@ def test_attention_rounds_no_scores_as_claimed(device: str, dtype: str, L: int) 
 @pytest.mark.parametrize("device", CUDA)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("bits", "apart"), [(2, 512), (3, 512), (4, 512), (6, 256), (8, None)])
-def test_quantised_products_are_added_up_in_the_dtype_as_far_apart_as_claimed(
+def test_quantised_products_so_far_apart_are_added_up_in_the_dtype(
     device: str, dtype: str, bits: int, apart: int | None
 ) -> None:
-    """Row j: a number whose successor the dtype hasn't got, one at j, and the number's negative; the one is lost where
-    it was added to the number in the dtype."""
-    width, large = 1024, {"float16": 2048.0, "bfloat16": 256.0}[dtype]
-    x = np.eye(width)
-    x[:, 0], x[:, 1] = large, -large
-    rows = np.arange(2, width)
-    packed = mx.zeros((1, 8, width * bits // 32), mx.uint32)
-    zero, one = (to_mx(np.full((1, 8, width // 64), value), dtype) for value in (0.0, 1.0))
-    with mx.stream(devices()[device].handle):
-        y = mx.gather_qmm(
-            to_mx(x[rows][:, None], dtype), packed, zero, one,
-            rhs_indices=mx.zeros(len(rows), mx.uint32), group_size=64, bits=bits,
-        )  # fmt: skip
-        lost = rows[np.array(y.astype(mx.float32))[:, 0, 0] == 0]
-    shared = [] if apart is None else [j for j in rows if j % apart in (0, 1)]
-    assert lost.tolist() == shared
-    for hidden, narrow in ((256, False), (1024, apart is not None)):
-        config = {"hidden_size": hidden, "quantization": {"group_size": 64, "bits": bits}, "moe_intermediate_size": 64}
+    """Ones are lost beside a number whose successor the dtype hasn't got, exactly where they are added to it there."""
+    width, large = 4096, {"float16": 2048.0, "bfloat16": 256.0}[dtype]
+    packed = mx.zeros((8, width * bits // 32), mx.uint32)
+    zero, one = (to_mx(np.full((8, width // 64), value), dtype) for value in (0.0, 1.0))
+    for spread in (128, 256, 512):
+        x = np.zeros((1, 1, width))
+        x[..., ::spread] = 1
+        x[..., 0] = large
+        with mx.stream(devices()[device].handle):
+            y = mx.quantized_matmul(to_mx(x, dtype), packed, zero, one, transpose=True, group_size=64, bits=bits)
+            lost = np.array(y.astype(mx.float32)) == large
+        assert (lost == (apart is not None and spread % apart == 0)).all(), spread
+    for hidden in (256, 1024):
+        config = {"hidden_size": hidden, "moe_intermediate_size": 64, "quantization": {"group_size": 64, "bits": bits}}
+        narrow = apart is not None and hidden > apart
         assert claims(device, dtype, **config)["quantized_linear"]["accumulate"] == ("input" if narrow else "float32")
