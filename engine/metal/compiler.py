@@ -1,0 +1,239 @@
+"""The C++ compiler and the cache of what it made.
+
+The default is PyPI's `ziglang` (clang as `python -m ziglang c++`): a pinned dependency, so that the same source gives
+the same kernel everywhere. ASSAY_CXX names another clang. Results are kept by the hash of everything they depend on:
+text, flags, compiler, processor, shim and runtime. ASSAY_CACHE names another folder for them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+
+from engine.metal.errors import CompileError, MetalError
+
+HOST = Path(__file__).parent / "host"
+_RUNTIME = ("fiber.cpp", "runtime.cpp", "scheduler.cpp", "worker.cpp")
+_CHECKERS = "check*.cpp"
+# What a source may include of Metal's own. While preprocessing they are empty, so that only the user's text is
+# rewritten.
+_METAL_HEADERS = (
+    "metal_array", "metal_assert", "metal_atomic", "metal_command_buffer", "metal_common", "metal_compute",
+    "metal_config", "metal_extended_vector", "metal_geometric", "metal_graphics", "metal_imageblocks",
+    "metal_initializer_list", "metal_integer", "metal_interpolate", "metal_limits", "metal_logging", "metal_math",
+    "metal_matrix", "metal_mesh", "metal_numeric", "metal_pack", "metal_quadgroup", "metal_raytracing",
+    "metal_relational", "metal_simdgroup", "metal_simdgroup_matrix", "metal_stdlib", "metal_tensor",
+    "metal_tessellation", "metal_texture", "metal_type_traits", "metal_types", "metal_uniform", "metal_utility",
+    "metal_visible_function_table",
+)  # fmt: skip
+# __METAL_VERSION__ 320: Metal 3.2, the first version with every feature that the shim has.
+_PREDEFINED = ("-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1", "-D__METAL_MACOS__=1")
+_COMMON = (
+    "-std=gnu++20", "-O2", "-w", "-fno-sanitize=undefined", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
+    "-fwrapv", "-fno-finite-loops",
+    "-fno-omit-frame-pointer", "-mno-omit-leaf-frame-pointer", "-fno-stack-protector", "-gline-tables-only",
+    "-fdebug-compilation-dir=.",
+)  # fmt: skip
+# Metal's half and float round after every operation, so nothing may be contracted or kept wider.
+_ARITHMETIC = ("-ffp-contract=off", "-fno-fast-math", "-fno-math-errno")
+# The loop vectoriser makes gathers of small register tiles, which then stay in memory (a tiled matmul with 4x16 outputs a
+# thread: 0.64 ns a multiply-add with it, 0.07 without). Straight-line code is still vectorised.
+_TUNING = ("-fno-vectorize",)
+# A call must not be duplicated into both sides of a branch on the thread's index: its lanes would no longer meet.
+# Passes that run before inlining see only the user's and the shim's functions around the runtime's, so all are marked.
+_CONVERGENT = ("-fconvergent-functions",)
+# ThreadSanitizer's pass tells the checkers of every access of 1 to 16 bytes; wider ones it would leave out. It doesn't
+# say what alignment a type needs: the alignment check does. (ziglang's driver drops `alignment` from a joint option.)
+_CHECKED = (
+    "-fsanitize=thread", "-fsanitize=alignment", "-fsanitize-recover=alignment", "-fno-slp-vectorize",
+    "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-tsan-instrument-func-entry-exit=0",
+)  # fmt: skip
+_DIAGNOSTIC = re.compile(r"^(?P<file>[^\n:]+):(?P<line>\d+):\d+: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
+
+
+@functools.cache
+def command() -> tuple[str, ...]:
+    """The compiler's command line. Raises MetalError when there is none."""
+    if own := os.environ.get("ASSAY_CXX"):
+        return tuple(shlex.split(own))
+    if find_spec("ziglang") is None:
+        raise MetalError(
+            "no compiler for Metal kernels: `pip install ziglang`, or set ASSAY_CXX to a clang++ (16 or later)"
+        )
+    return (sys.executable, "-m", "ziglang", "c++")
+
+
+@functools.cache
+def _identity() -> str:
+    """Compiler version and processor: the default compiler tunes for the machine that it runs on."""
+    if os.environ.get("ASSAY_CXX"):
+        version = subprocess.run([*command(), "--version"], capture_output=True, text=True, check=False).stdout
+    else:
+        version = "ziglang " + metadata.version("ziglang")
+    cpuinfo = Path("/proc/cpuinfo")
+    flags = ""
+    if cpuinfo.exists():
+        flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
+    return "\n".join((version, platform.platform(), platform.machine(), platform.processor(), flags))
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    if own := os.environ.get("ASSAY_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    if base is None and sys.platform == "darwin":
+        base = str(Path.home() / "Library" / "Caches")
+    return Path(base or Path.home() / ".cache") / "assay" / "metal"
+
+
+@functools.cache
+def _host_text() -> str:
+    """A hash of the runtime and the shim."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in HOST.rglob("*") if p.is_file()):
+        digest.update(str(path.relative_to(HOST)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join((_identity(), _host_text(), *parts)).encode()).hexdigest()[:32]
+
+
+def _target_flags(checked: bool) -> tuple[str, ...]:
+    """Flags that depend on the machine.
+
+    x86 processors without half arithmetic would keep intermediate results in float, and instrumented accesses end at
+    16 bytes. Large frames are probed page by page so that none jumps over a fiber's guard page (Darwin has no option).
+    """
+    flags: list[str] = [] if sys.platform == "darwin" else ["-fstack-clash-protection"]
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        flags += ["-Xclang", "-ffloat16-excess-precision=none", "-Xclang", "-fbfloat16-excess-precision=none"]
+        flags += ["-march=native"] if os.environ.get("ASSAY_CXX") else []
+        flags += ["-mno-avx"] if checked else []
+    return tuple(flags)
+
+
+def _run(arguments: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run([*command(), *arguments], input=text, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise MetalError(f"the compiler {command()[0]} does not start: {error}") from None
+
+
+def diagnose(output: str, rename: Mapping[str, str] | None = None) -> CompileError:
+    """The compiler's first error as a CompileError at the user's line; later ones follow in its message."""
+    found = [match.groupdict() for match in _DIAGNOSTIC.finditer(output)]
+    if not found:
+        return CompileError("the compiler failed without naming a line:\n" + output.strip()[-2000:])
+    host = str(HOST)
+    first = next((item for item in found if not item["file"].startswith(host)), found[0])
+    file, line = first["file"], int(first["line"])
+    if file.startswith(host):
+        # The error lies in the shim: the user's line is in the chain of instantiations below it.
+        chain = re.finditer(r"^([^\n:]+):(\d+):\d+: note: (?:in instantiation|candidate|while)", output, re.MULTILINE)
+        user = next((m for m in chain if not m[1].startswith(host) and not m[1].startswith("kernel.")), None)
+        file, line = (user[1], int(user[2])) if user else (file, line)
+    file = (rename or {}).get(file, file)
+    rest = "".join(f"\n  {item['file']}:{item['line']}: {item['text']}" for item in found[:8] if item is not first)
+    return CompileError(first["text"] + rest, file=file, line=line)
+
+
+@functools.cache
+def _empty_headers() -> Path:
+    folder = cache_folder() / "empty-headers"
+    (folder / "simd").mkdir(parents=True, exist_ok=True)
+    for name in (*_METAL_HEADERS, "simd/simd.h", "simd/vector_types.h", "simd/types.h"):
+        if not (folder / name).exists():
+            (folder / name).touch()
+    return folder
+
+
+def preprocess(path: Path, shown: str, include_dirs: Sequence[Path], defines: Mapping[str, object]) -> str:
+    """The preprocessed text of a Metal file, in which it is called `shown`. Raises CompileError."""
+    flags = ["-E", "-x", "c++", "-std=c++17", "-undef", "-nostdinc", *_PREDEFINED, "-isystem", str(_empty_headers())]
+    flags += [f"-I{folder}" for folder in include_dirs]
+    flags += [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in defines.items()]
+    done = _run([*flags, str(path)])
+    if done.returncode != 0:
+        raise diagnose(done.stderr, {str(path): shown})
+    return done.stdout.replace(f'"{path}"', f'"{shown}"')
+
+
+def preprocess_text(text: str, include_dirs: Sequence[Path], defines: Mapping[str, object]) -> str:
+    """The preprocessed text of Metal source that has no file; it is called program_source, as Metal itself does."""
+    with _scratch() as folder:
+        path = Path(folder) / "program_source"
+        path.write_text(text)
+        return preprocess(path, path.name, include_dirs, defines)
+
+
+def _link_flags() -> tuple[str, ...]:
+    # -O2: without it ziglang adds its own alignment handler to the module, which aborts.
+    return ("-shared", "-O2", "-undefined", "dynamic_lookup") if sys.platform == "darwin" else ("-shared", "-O2")
+
+
+def _store(made: Path, kept: Path) -> Path:
+    """Move a result into the cache in one step: another process may be making the same one."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    made.replace(kept)
+    return kept
+
+
+def _scratch() -> tempfile.TemporaryDirectory[str]:
+    cache_folder().mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryDirectory(dir=cache_folder(), prefix="making-")
+
+
+def module(text: str, *, checked: bool) -> Path:
+    """A loadable module made from rewritten C++ text, from the cache when it is there. Raises CompileError."""
+    flags = [
+        *_COMMON,
+        *_ARITHMETIC,
+        *_TUNING,
+        *_CONVERGENT,
+        *_target_flags(checked),
+        "-fPIC",
+        "-fvisibility=hidden",
+        *(_CHECKED if checked else ()),
+    ]
+    kept = cache_folder() / f"{_key('module', text, *flags)}.so"
+    if kept.exists():
+        return kept
+    with _scratch() as folder:
+        source, made, linked = (Path(folder) / name for name in ("kernel.cpp", "kernel.o", "kernel.so"))
+        source.write_text('#include "runtime.h"\n#include <metal_stdlib>\n' + text)
+        flags += [f"-I{HOST}", f"-isystem{HOST / 'include'}"]
+        done = _run([*flags, "-c", str(source), "-o", str(made)])
+        if done.returncode == 0:
+            done = _run([*_link_flags(), str(made), "-o", str(linked)])
+        if done.returncode != 0:
+            raise diagnose(done.stderr)
+        return _store(linked, kept)
+
+
+def worker(*, checked: bool) -> Path:
+    """The worker's executable, from the cache when it is there."""
+    sources = [HOST / name for name in _RUNTIME] + (sorted(HOST.glob(_CHECKERS)) if checked else [])
+    flags = [*_COMMON, "-pthread", *(("-DASSAY_CHECKED",) if checked else ())]
+    flags += [] if sys.platform == "darwin" else ["-rdynamic", "-ldl"]
+    kept = cache_folder() / f"worker-{_key('worker', *flags)}"
+    if kept.exists():
+        return kept
+    with _scratch() as folder:
+        made = Path(folder) / "worker"
+        done = _run([*flags, *map(str, sources), "-o", str(made)])
+        if done.returncode != 0:
+            raise MetalError("the executor's runtime does not compile here:\n" + done.stderr[-4000:])
+        return _store(made, kept)

@@ -1,0 +1,166 @@
+"""Faults as callers see them: what, where in memory, which threads, and the user's line.
+
+Their kinds: uninitialised-read, out-of-bounds-read, out-of-bounds-write, race, barrier-divergence,
+simdgroup-divergence, misaligned, timeout, crash. Unchecked runs can report only divergence at barriers, writes that
+hit the guard gaps, time-outs and crashes.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.metal.lines import Place, user_place
+from engine.metal.worker import FaultRecord
+
+KINDS = (
+    "uninitialised-read", "out-of-bounds-read", "out-of-bounds-write", "race", "barrier-divergence",
+    "simdgroup-divergence", "misaligned", "timeout", "crash",
+)  # fmt: skip
+_SPACES = ("device", "constant", "threadgroup", None)
+_NO_BUFFER = -(2**31)
+_OPS = (
+    "a simd reduction", "a simd prefix operation", "a simd vote", "simd_broadcast_first", "a simd shuffle",
+    "simd_broadcast", "a quad operation", "simdgroup_barrier", "a simdgroup matrix operation", "a simdgroup async copy",
+)  # fmt: skip
+
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fault:
+    """One fault. `buffer` is an index ([[buffer(n)]] or [[threadgroup(n)]]); None: a threadgroup `variable` declared in
+    the body, or no buffer at all. `offset` counts bytes from its start. Positions are (x, y, z): of threads in their
+    threadgroup, of the threadgroup in the grid. `line` is in `file`, None where only the run's end showed the fault."""
+
+    kind: str
+    address_space: str | None
+    buffer: int | None
+    offset: int | None
+    size: int | None
+    thread: Triple | None
+    other_thread: Triple | None
+    threadgroup: Triple | None
+    line: int | None
+    message: str
+    kernel: str
+    file: str | None = None
+    other_line: int | None = None
+    variable: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launched:
+    """What a fault's record is read against."""
+
+    kernel: str
+    module: Path
+    threads: Triple
+    threadgroups: Triple
+    constant_buffers: frozenset[int]
+    variables: Mapping[int, str]
+    timeout: float
+
+
+def _position(index: int, extent: Triple) -> Triple | None:
+    if index < 0:
+        return None
+    return index % extent[0], index // extent[0] % extent[1], index // (extent[0] * extent[1])
+
+
+def read(record: FaultRecord, launched: Launched) -> Fault | None:
+    """A Fault from the worker's record; None for two barriers that turn out to stand on one line (unrolled loops)."""
+    place = user_place(launched.module, [pc for pc in record.pcs if pc])
+    other = user_place(launched.module, [pc for pc in record.other_pcs if pc])
+    kind = KINDS[record.kind]
+    if kind == "barrier-divergence" and place is not None and place == other:
+        return None
+    space = _SPACES[record.space]
+    if space == "device" and record.buffer in launched.constant_buffers:
+        space = "constant"
+    thread = _position(record.thread, launched.threads)
+    other_thread = _position(record.other_thread, launched.threads)
+    threadgroup = _position(record.threadgroup, launched.threadgroups)
+    message = record.message.decode(errors="replace") or _words(kind, record, launched, space, place, other)
+    if kind == "race" and other is not None:
+        message += (
+            f" ({other.file}:{other.line})" if place is None or other.file != place.file else f" (line {other.line})"
+        )
+    if record.buffer < 0:
+        message = message.replace(f"threadgroup({record.buffer})", _buffer_name(record, launched, space))
+    return Fault(
+        kind=kind,
+        address_space=space,
+        buffer=record.buffer if record.buffer >= 0 else None,
+        offset=record.offset if record.buffer != _NO_BUFFER else None,
+        size=record.size or None,
+        thread=thread,
+        other_thread=other_thread,
+        threadgroup=threadgroup,
+        line=place.line if place else None,
+        file=place.file if place else None,
+        other_line=other.line if other else None,
+        variable=_variable(record, launched),
+        message=f"{launched.kernel}{_at(place, ', ')}: {message}",
+        kernel=launched.kernel,
+    )
+
+
+def _at(place: Place | None, before: str) -> str:
+    return f"{before}{place.file}:{place.line}" if place else ""
+
+
+def _variable(record: FaultRecord, launched: Launched) -> str | None:
+    return launched.variables.get(-1 - record.buffer) if _NO_BUFFER < record.buffer < 0 else None
+
+
+def _buffer_name(record: FaultRecord, launched: Launched, space: str | None) -> str:
+    """`buffer(1)`, `threadgroup(0)`, or the name of what a body declares."""
+    if record.buffer < 0:
+        return _variable(record, launched) or "threadgroup memory"
+    return f"threadgroup({record.buffer})" if space == "threadgroup" else f"buffer({record.buffer})"
+
+
+def _who(record: FaultRecord, launched: Launched) -> str:
+    thread, group = _position(record.thread, launched.threads), _position(record.threadgroup, launched.threadgroups)
+    parts = [f"thread {thread}"] if thread else []
+    return " of ".join([*parts, f"threadgroup {group}"] if group else parts)
+
+
+def _words(
+    kind: str, record: FaultRecord, launched: Launched, space: str | None, place: Place | None, other: Place | None
+) -> str:
+    who = _who(record, launched)
+    rest = _position(record.other_thread, launched.threads)
+    if kind == "barrier-divergence":
+        fate = f"waits at the one at line {other.line}" if other else "has ended"
+        return f"threadgroup_barrier not reached by all: {who} waits here while thread {rest} {fate}"
+    if kind == "simdgroup-divergence":
+        op = _OPS[record.op] if 0 <= record.op < len(_OPS) else "a simdgroup operation"
+        return f"{op} needs a lane that takes no part: {who} is here, thread {rest} is not"
+    if kind == "timeout":
+        return f"stopped after {launched.timeout:g} s" + (f", {who} running" if who else "")
+    if kind == "crash":
+        number = record.op
+        cause = signal.Signals(number).name if number > 0 else "the worker ended"
+        where = (
+            f" near {_buffer_name(record, launched, space)}+{record.offset} of {record.bound} bytes"
+            if record.buffer != _NO_BUFFER
+            else ""
+        )
+        if not where and number in (signal.SIGSEGV, signal.SIGBUS):
+            where = (
+                f" at address {record.offset:#x}, outside every buffer"
+                if record.offset
+                else " far outside every buffer"
+            )
+        return f"{cause}{where}" + (f", {who}" if who else "")
+    side = f"+{record.offset}" if record.offset >= 0 else str(record.offset)
+    found = f"{kind} {_buffer_name(record, launched, space)}{side} of {record.bound} bytes"
+    return (
+        found
+        + (f", {record.size} bytes long" if record.size > 1 else "")
+        + (f", {who}" if who else ", found after the run")
+    )

@@ -1,0 +1,53 @@
+// Checked mode: what the runtime tells the checkers.
+//
+// A kernel compiled with -fsanitize=thread calls a __tsan_* function before each load and store; check_callbacks.cpp
+// holds those functions (ThreadSanitizer's own library is never linked). Each byte of a buffer or of threadgroup memory
+// has a shadow: inside a region or in a gap, written or not, by whom and when, and who has read it since. "When" is a
+// clock that advances at every barrier and at every new threadgroup. What is wrong goes to rt::record.
+//
+// Only one host thread may run checked threadgroups, one after another: the shadow is not atomic. Addresses that belong
+// neither to the arena nor to threadgroup memory (stacks, tables of the program) are not looked at.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace check {
+
+enum class Space : uint8_t { device, constant, threadgroup };  // as rt::AddressSpace
+
+// One buffer or one threadgroup allocation. `buffer` is the index it is bound to, or -1 - site for storage declared in
+// a kernel's body. Reads of a region that is not `initialised` count as uninitialised until something is written.
+struct Region {
+  int32_t buffer;
+  Space space;
+  uintptr_t base;
+  size_t size;
+  bool writable;
+  bool initialised;
+};
+
+struct Stats {
+  uint64_t loads[3];  // accesses (not bytes), by Space
+  uint64_t stores[3];
+};
+
+// Starts a launch: forgets the last one's counts and shadow. Device and constant regions lie in the arena, with gaps of
+// at least 64 bytes before, between and after them.
+void begin_launch(const Region* regions, size_t count, uintptr_t arena_begin, uintptr_t arena_end);
+// The range in which every threadgroup region of this launch will lie, gaps included. Follows begin_launch.
+void threadgroup_storage(uintptr_t begin, uintptr_t end);
+// Threadgroup memory becomes uninitialised, and all that earlier threadgroups did to device memory is unordered.
+void begin_threadgroup(uint32_t linear_threadgroup);
+// Arguments after begin_threadgroup; storage declared in a body when it is first used. Adding it again changes nothing.
+void add_threadgroup_region(const Region& region);
+// All live threads of the threadgroup have arrived. Flags as in Metal: 1 device, 2 threadgroup; others fence nothing.
+void barrier(unsigned mem_flags);
+// The lanes of one simdgroup have arrived: orders them among themselves only.
+void simd_barrier(unsigned simdgroup, unsigned mem_flags);
+// Ends the launch: nothing after it is checked.
+void end_launch();
+
+const Stats& stats();
+
+}  // namespace check

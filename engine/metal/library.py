@@ -1,0 +1,169 @@
+"""Compile Metal source for the host CPU and launch its kernels there: what `assay.metal` offers.
+
+A launch describes a dispatch as Metal does (threadgroups or threads of the grid, threads of a threadgroup, buffers by
+index) and runs in a worker process, so that a kernel that crashes, hangs or writes where it shouldn't ends there.
+Results are the host's: rounding under fast-math and the accumulation order inside Apple's matrix units are not Apple's,
+so a Run always names its device.
+"""
+
+from __future__ import annotations
+
+import difflib
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from engine.metal import compiler, parameters, source
+from engine.metal.constants import values_of
+from engine.metal.errors import MetalError
+from engine.metal.launch import MOST_THREADS, Compiled, Launch, Options, Run, Size, shape
+from engine.metal.parameters import Parameter
+from engine.metal.rewrite import rewrite
+from engine.metal.worker import Worker
+
+__all__ = ["Kernel", "Library", "Run", "compile"]
+
+
+class Kernel:
+    """One kernel of a library, ready to launch. `parameters`: name, index, kind, address space, type text of each."""
+
+    def __init__(self, library: Library, compiled: Compiled) -> None:
+        self._library = library
+        self._compiled = compiled
+
+    @property
+    def name(self) -> str:
+        return self._compiled.name
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return self._compiled.parameters
+
+    def __repr__(self) -> str:
+        return f"<Kernel {self.name}, {len(self.parameters)} parameters>"
+
+    def launch(
+        self,
+        buffers: Mapping[int, object],
+        *,
+        threads: Size,
+        threadgroups: Size | None = None,
+        grid: Size | None = None,
+        threadgroup_memory: Mapping[int, int] | None = None,
+        outputs: Sequence[int] = (),
+        schedule_seed: int | None = None,
+        timeout: float = 10.0,
+        poison: bool = True,
+    ) -> Run:
+        """Run the kernel over `threadgroups` (x, y, z), or over a `grid` of threads, `threads` to a threadgroup.
+
+        `buffers`: index → bytes or scalar (inputs) or array (written in place where the kernel may write); buffers
+        left out have no bytes. `threadgroup_memory`: bytes of each [[threadgroup(n)]]. `outputs` names buffers whose
+        contents mean nothing before the launch: they are filled with NaN patterns and count as uninitialised in
+        checked mode.
+        Threadgroup memory starts as NaNs too, or as zeros without `poison`. `schedule_seed` permutes the order of
+        lanes, simdgroups and threadgroups on one host thread, the same seed giving the same run; without one,
+        threadgroups of an unchecked kernel run side by side. After a crash or `timeout` seconds (both are faults)
+        arrays are left as they were. Raises MetalError for a launch that Metal could not issue.
+        """
+        began = time.perf_counter()
+        dispatch = shape(threads, threadgroups, grid, self._compiled.most_threads)
+        options = Options(
+            memory=dict(threadgroup_memory or {}),
+            outputs=tuple(outputs),
+            seed=schedule_seed,
+            timeout=timeout,
+            poison=poison,
+        )
+        with self._library._lock:
+            return Launch(self._compiled, self._library._worker(), dispatch, options).run(buffers, began)
+
+
+class Library:
+    """A Metal source and its kernels; each is compiled when it is first asked for."""
+
+    def __init__(self, scanned: source.Source, constants: Mapping[int | str, object], *, checked: bool) -> None:
+        self.checked = checked
+        self._source = scanned
+        self._values = values_of(scanned, constants)
+        self._ready: dict[str, Kernel] = {}
+        self._running: Worker | None = None
+        self._lock = threading.RLock()
+
+    @property
+    def kernels(self) -> list[str]:
+        """Host names of all kernels in the source, compiled or not."""
+        return list(self._source.kernels)
+
+    def __getitem__(self, name: str) -> Kernel:
+        """The kernel of that host name. Raises CompileError, or MetalError when there is none."""
+        return self.build([name])[0]
+
+    def build(self, names: Sequence[str]) -> list[Kernel]:
+        """Compile several kernels in one go, which is quicker than one by one."""
+        with self._lock:
+            wanted = [name for name in dict.fromkeys(names) if name not in self._ready]
+            for name in wanted:
+                if name not in self._source.kernels:
+                    close = difflib.get_close_matches(name, self._source.kernels, 3) or self.kernels[:8]
+                    raise MetalError(f"no kernel is named {name!r}; there are {', '.join(close) or 'none'}")
+            if wanted:
+                self._compile([self._source.kernels[name] for name in wanted])
+            return [self._ready[name] for name in names]
+
+    def _compile(self, declarations: Sequence[source.KernelDeclaration]) -> None:
+        rewritten = rewrite(self._source, declarations, self._values)
+        module = compiler.module(rewritten.text, checked=self.checked)
+        for declared in declarations:
+            compiled = Compiled(
+                name=declared.host_name,
+                parameters=parameters.parameters(self._source, declared),
+                most_threads=parameters.most_threads(self._source, declared) or MOST_THREADS,
+                module=module,
+                variables=rewritten.variables,
+                checked=self.checked,
+            )
+            self._ready[declared.host_name] = Kernel(self, compiled)
+
+    def _worker(self) -> Worker:
+        if self._running is None:
+            self._running = Worker(compiler.worker(checked=self.checked))
+        return self._running
+
+    def close(self) -> None:
+        """End the worker process now; a later launch starts another."""
+        with self._lock:
+            if self._running is not None:
+                self._running.stop()
+
+
+def _is_path(text: str) -> bool:
+    return "\n" not in text and "{" not in text and (text.endswith(".metal") or Path(text).is_file())
+
+
+def compile(
+    source_or_path: str | Path,
+    device: str = "host",
+    checked: bool = False,
+    include_dirs: Sequence[str | Path] = (),
+    defines: Mapping[str, object] | None = None,
+    constants: Mapping[int | str, object] | None = None,
+) -> Library:
+    """A Library of the kernels in Metal source text, or in a file.
+
+    `include_dirs` and `defines` as for the Metal compiler; `constants` gives function constants their values, by index
+    or by name. `checked` compiles with every load and store watched. Raises CompileError at the user's line, and
+    MetalError for anything else that can't be had here.
+    """
+    if device != "host":
+        raise MetalError(f"device {device!r}: this executor runs kernels on the host CPU; pass device='host'")
+    folders = [Path(folder).resolve() for folder in include_dirs]
+    if isinstance(source_or_path, Path) or _is_path(source_or_path):
+        path = Path(source_or_path)
+        if not path.is_file():
+            raise MetalError(f"there is no Metal source {path}")
+        text = compiler.preprocess(path.resolve(), str(path), folders, defines or {})
+    else:
+        text = compiler.preprocess_text(source_or_path, folders, defines or {})
+    return Library(source.read(text), constants or {}, checked=checked)

@@ -1,0 +1,93 @@
+// Barriers and simdgroup functions that not all threads reach, and a loop that never ends.
+#include <metal_stdlib>
+using namespace metal;
+
+#ifdef FIXED
+#define PLANT(faulty, fixed) fixed
+#else
+#define PLANT(faulty, fixed) faulty
+#endif
+
+kernel void conditional_barrier(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                threadgroup float* tile [[threadgroup(0)]], uint i [[thread_position_in_grid]],
+                                uint t [[thread_index_in_threadgroup]]) {
+    tile[t] = in[i];
+    if (PLANT(t < 32, true)) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // expect: barrier-divergence
+    }
+    out[i] = tile[t];
+}
+
+kernel void two_barriers(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                         threadgroup float* tile [[threadgroup(0)]], uint i [[thread_position_in_grid]],
+                         uint t [[thread_index_in_threadgroup]]) {
+    tile[t] = in[i];
+    if (PLANT(t < 32, true)) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // expect: barrier-divergence
+        out[i] = tile[t];
+    } else {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // expect: barrier-divergence
+        out[i] = -tile[t];
+    }
+}
+
+kernel void return_before_barrier(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                  threadgroup float* tile [[threadgroup(0)]], uint i [[thread_position_in_grid]],
+                                  uint t [[thread_index_in_threadgroup]]) {
+    PLANT(if (t >= 60) return;, )
+    tile[t] = in[i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);  // expect: barrier-divergence
+    out[i] = tile[min(63 - t + 0, 59u)];
+}
+
+kernel void shuffle_from_a_lane_that_left(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                          uint i [[thread_position_in_grid]],
+                                          uint lane [[thread_index_in_simdgroup]]) {
+    PLANT(if (lane >= 16) return;, )
+    out[i] = simd_shuffle(in[i], ushort(31 - lane));  // expect: simdgroup-divergence
+}
+
+kernel void shuffle_from_a_lane_elsewhere(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                          uint i [[thread_position_in_grid]],
+                                          uint lane [[thread_index_in_simdgroup]]) {
+    float value = in[i];
+    if (PLANT(lane < 16, true)) {
+        value = simd_shuffle_xor(value, ushort(16));  // expect: simdgroup-divergence
+    }
+    out[i] = value;
+}
+
+kernel void simdgroup_barrier_for_half(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                       uint i [[thread_position_in_grid]],
+                                       uint lane [[thread_index_in_simdgroup]]) {
+    if (PLANT(lane < 16, true)) {
+        simdgroup_barrier(mem_flags::mem_threadgroup);  // expect: simdgroup-divergence
+    }
+    out[i] = in[i];
+}
+
+// Half of the simdgroup asks for its elements of a matrix that all lanes hold together.
+kernel void matrix_elements_for_half(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                     uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+    simdgroup_float8x8 tile;
+    simdgroup_load(tile, in, 8);
+    out[i] = 0;
+    if (PLANT(lane < 16, true)) {
+        out[i] = tile.thread_elements()[0];  // expect: simdgroup-divergence
+    }
+}
+
+// simd_sum is over the lanes that are active (Metal 4 specification, 6.10.2), so lanes that have left are no fault.
+kernel void sum_of_active_lanes(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+    if (lane >= 16) return;
+    out[i] = simd_sum(in[i]);
+}
+
+kernel void endless_loop(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                         device uint* counter [[buffer(5)]], uint i [[thread_position_in_grid]]) {
+    volatile device uint* flag = counter;
+    while (PLANT(flag[0] == 0, false)) {  // expect: timeout
+    }
+    out[i] = in[i];
+}
