@@ -9,16 +9,29 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from assay import golden
-    from assay.api import bisect, compare, run
+    from assay import golden, metal
+    from assay.api import audit, bisect, compare, run
     from audits.compare import Comparison, ProbeResult
     from audits.verdict import Report, Verdict
     from goldens.trace import Trace
 
 __version__ = "0.1.0"
-__all__ = ["Comparison", "ProbeResult", "Report", "Trace", "Verdict", "bisect", "compare", "golden", "run"]
+__all__ = [
+    "Comparison",
+    "ProbeResult",
+    "Report",
+    "Trace",
+    "Verdict",
+    "audit",
+    "bisect",
+    "compare",
+    "golden",
+    "metal",
+    "run",
+]
 
 _HOME = {
+    "audit": "assay.api",
     "run": "assay.api",
     "compare": "assay.api",
     "bisect": "assay.api",
@@ -31,8 +44,8 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    if name == "golden":
-        return import_module("assay.golden")
+    if name in ("golden", "metal"):
+        return import_module(f"assay.{name}")
     if name in _HOME:
         return getattr(import_module(_HOME[name]), name)
     raise AttributeError(f"module 'assay' has no attribute {name!r}")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from audits.cases import model_folder
+from audits.catalogue import audit as run_audit
 from audits.compare import Comparison, ProbeResult
 from audits.compare import compare as compare_traces
 from audits.runs import load_reference, model_fingerprint, weights_dtype
 from audits.runs import run as run_case
+from audits.verdict import Report
 from goldens.matching import check_model
 from goldens.trace import Trace
 from reference.replay import check_claims
@@ -53,3 +55,19 @@ def bisect(actual: Trace, expected: Trace, *, model: str | Path | None = None) -
     made.
     """
     return compare(actual, expected, model=model).first_failure
+
+
+def audit(
+    names: str | Sequence[str],
+    candidate: Any = None,
+    *,
+    quick: bool = True,
+    full: bool = False,
+    seed: int = 0,
+) -> Report:
+    """Sweep contracts over their boundary shapes: `.ok`, `.verdicts` (each with .outcome, .case, .evidence, .message).
+
+    `candidate` is what is judged instead of our own implementation: for "moe_matmul", a TOML file that describes Metal
+    kernels. `quick` runs the boundaries, `full` everything crossed.
+    """
+    return run_audit(names, candidate, full=full or not quick, seed=seed)

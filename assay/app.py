@@ -9,11 +9,13 @@ from typing import Annotated
 import typer
 
 from assay.cli import COMMANDS, EXIT_CODES, SUMMARY
-from assay.screen import Job, console, judge, line, progress
+from assay.screen import Job, console, judge, line, progress, read_case, show_audit, show_mutants
 
 app = typer.Typer(help=SUMMARY, epilog=EXIT_CODES, add_completion=False, no_args_is_help=True)
 golden_app = typer.Typer(help=COMMANDS["golden"], no_args_is_help=True)
 app.add_typer(golden_app, name="golden")
+kernel_app = typer.Typer(help=COMMANDS["kernel"], no_args_is_help=True)
+app.add_typer(kernel_app, name="kernel")
 
 Model = Annotated[str, typer.Option(help="A checkpoint folder in the Hugging Face layout, or 'shipped'.")]
 Elsewhere = Annotated[str, typer.Option("--model", help="Where the model is now, if not where the golden says.")]
@@ -64,6 +66,51 @@ def run_command(
         title = f"{model} in {name} beside the reference"
         jobs.append(Job(title=title, steps=partial(audit_model, cases), total=len(cases)))
     judge(jobs, json, every=probes)
+
+
+@app.command("audit", help=COMMANDS["audit"], epilog=EXIT_CODES)
+def audit_command(
+    contracts: Annotated[list[str] | None, typer.Argument(help="Names from `assay list`; none: all.")] = None,
+    candidate: Annotated[Path | None, typer.Option(help="What is judged instead of our own: FILE.toml.")] = None,
+    full: Annotated[bool, typer.Option("--full/--quick", help="Everything crossed, or the boundaries.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the operands.")] = 0,
+    replay: Annotated[str | None, typer.Option(help="Run one case again: a JSON file, or the JSON itself.")] = None,
+    mutants: Annotated[
+        bool, typer.Option("--mutants", help="Plant the known bugs, and show which check sees which.")
+    ] = False,
+    json: Json = None,
+) -> None:
+    from audits import catalogue
+
+    if mutants:
+        show_mutants(partial(catalogue.mutants, Path("tests") / "mutants"))
+    if replay is not None:
+        show_audit(lambda _: catalogue.replay(read_case(replay)), json)
+    show_audit(lambda advance: catalogue.audit(contracts or [], candidate, full=full, seed=seed, advance=advance), json)
+
+
+@kernel_app.command("list", help="List our Metal kernels.")
+def kernel_list() -> None:
+    from audits.listing import kernels
+
+    for source, name in kernels():
+        line(console, f"{source:<20} {name}")
+
+
+@kernel_app.command("check", help="Compile every kernel of Metal sources for the host and say what each one takes.")
+def kernel_check(
+    sources: Annotated[list[Path], typer.Argument(help="FILE.metal …")],
+    include: Annotated[list[Path] | None, typer.Option("-I", help="Folder of included headers; repeatable.")] = None,
+    only: Annotated[str, typer.Option(help="Part of a kernel's name: compile those alone.")] = "",
+) -> None:
+    from audits.listing import check_kernels
+
+    failed = 0
+    for source in sources:
+        for name, message in check_kernels(source, include or [], only):
+            failed += bool(message.error)
+            line(console, f"{'FAIL' if message.error else 'ok'} {name}: {message.error or message.parameters}")
+    raise typer.Exit(1 if failed else 0)
 
 
 @golden_app.command(

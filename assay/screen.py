@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from json import dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -15,10 +18,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
+    from audits.mutants import Catch
     from audits.side_by_side import Judged
+    from audits.verdict import Report
 
+FAILURES_SHOWN = 10
 # Not a terminal (a CI log): wide enough for every column of the table.
 LOG_WIDTH = 140
+LOG_SECONDS = 2.0  # a line of progress at most so often
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
 
 
@@ -103,12 +110,55 @@ def judge(jobs: Sequence[Job], json: Path | None, *, every: bool) -> NoReturn:
         verdicts += [one.verdict for one in done]
     report = Report(verdicts=verdicts)
     if json is not None:
-        text = report_json(report, judged)
-        if str(json) == "-":
-            print(text)
-        else:
-            json.write_text(text + "\n", encoding="utf-8")
+        write_json(json, report_json(report, judged))
     raise typer.Exit(report.exit_code)
+
+
+def show_audit(work: Callable[[Callable[[str], None]], Report], json: Path | None) -> NoReturn:
+    """Run an audit, show a row a kernel and a line a failure with its replay, and exit with the report's code."""
+    from audits.report import audit_table, report_json, verdict_line
+
+    screen = errors if str(json) == "-" else console
+    with progress("audit", None) as advance:
+        report = work(advance)
+    screen.print(audit_table(report.verdicts))
+    failures = [verdict for verdict in report.verdicts if verdict.outcome != "pass"]
+    for verdict in failures[:FAILURES_SHOWN]:
+        screen.print(verdict_line(verdict))
+        line(screen, f"  replay: assay audit --replay {shlex.quote(dumps(dict(verdict.case)))}")
+    if len(failures) > FAILURES_SHOWN:
+        line(screen, f"{len(failures) - FAILURES_SHOWN} more (--json has all)")
+    line(screen, f"{len(report.verdicts)} cases, {len(failures)} failed")
+    if json is not None:
+        write_json(json, report_json(report))
+    raise typer.Exit(report.exit_code)
+
+
+def show_mutants(work: Callable[[Callable[[str], None]], Iterable[Catch]]) -> NoReturn:
+    """Plant every bug and show which check caught it; exit code 1 if one was missed."""
+    from audits.report import mutant_table
+
+    with progress("mutants", None) as advance:
+        catches = list(work(advance))
+    console.print(mutant_table(catches))
+    raise typer.Exit(0 if catches and all(one.ok for one in catches) else 1)
+
+
+def read_case(text: str) -> Any:
+    """A case from JSON, or from the file that holds it."""
+    path = Path(text)
+    try:
+        return loads(text if text.lstrip().startswith("{") else path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--replay takes a JSON file, or the JSON itself ({error})") from error
+
+
+def write_json(path: Path, text: str) -> None:
+    """To the file, or to standard output for "-"."""
+    if str(path) == "-":
+        print(text)
+    else:
+        path.write_text(text + "\n", encoding="utf-8")
 
 
 def _show(screen: Console, title: str, judged: Sequence[Judged], *, every: bool) -> None:
@@ -129,7 +179,15 @@ def _show(screen: Console, title: str, judged: Sequence[Judged], *, every: bool)
 def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
     """A progress bar on a terminal, a line a step in a log, on standard error; the yielded function names a step."""
     if not errors.is_terminal:
-        yield lambda name: line(errors, f"… {title}: {name}")
+        shown = 0.0
+
+        def tell(name: str) -> None:
+            nonlocal shown
+            if time.monotonic() - shown >= LOG_SECONDS:
+                shown = time.monotonic()
+                line(errors, f"… {title}: {name}")
+
+        yield tell
         return
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=errors, transient=True) as bar:

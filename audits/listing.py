@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from audits import golden_jobs, side_by_side, weights
 from audits.cases import SHIPPED_FOLDER, TRACES_FOLDER
+from audits.catalogue import AUDITS
+from engine.metal.errors import MetalError
+from engine.metal.library import compile as compile_metal
+from engine.metal.table import KERNELS
 from goldens.fixture.tasks import TASKS
 from reference import bounds
 
-AUDITS: dict[str, Callable[..., Any]] = {
+JOBS: dict[str, Callable[..., Any]] = {
     "run": side_by_side.audit_case,
     "weights": weights.check_weights,
     "golden verify": golden_jobs.verify,
@@ -21,13 +27,43 @@ AUDITS: dict[str, Callable[..., Any]] = {
 
 def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Titles with rows of (name, one line)."""
-    yield "audits", [(name, _first_line(audit)) for name, audit in AUDITS.items()]
+    yield "jobs", [(name, _first_line(job)) for name, job in JOBS.items()]
+    yield "audits of contracts", [(name, _first_line(audit)) for name, audit in AUDITS.items()]
     ops = inspect.getmembers(bounds, inspect.isfunction)
     yield "ops with a derived error bound", [(name, _first_line(op)) for name, op in ops if not name.startswith("_")]
     yield "models", [("shipped", f"{SHIPPED_FOLDER.name}/ (goldens/model/README.md has its figures)")]
     yield "tasks of the shipped model", [(name, _first_line(task)) for name, task in TASKS.items()]
     names = sorted(p for p in TRACES_FOLDER.glob("*.h5") if not p.name.endswith(".pending.h5"))
     yield "goldens", [(p.stem, f"{p.name}, {p.stat().st_size:,} bytes") for p in names]
+
+
+def kernels() -> Iterator[tuple[str, str]]:
+    """Source and name of each of our own Metal kernels."""
+    for path in sorted(KERNELS.glob("*.metal")):
+        for name in compile_metal(path).kernels:
+            yield path.name, name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """What came of compiling one kernel: its parameters in words, or the error."""
+
+    parameters: str = ""
+    error: str = ""
+
+
+def check_kernels(source: Path, include_dirs: Sequence[Path], only: str) -> Iterator[tuple[str, Checked]]:
+    """Compile every kernel of `source` whose name holds `only`, in checked mode; name and outcome of each."""
+    library = compile_metal(source, checked=True, include_dirs=include_dirs)
+    for name in library.kernels:
+        if only in name:
+            try:
+                told = ", ".join(
+                    f"{p.kind}({p.index}) {p.name}" for p in library[name].parameters if p.kind != "builtin"
+                )
+                yield name, Checked(parameters=told or "no arguments")
+            except MetalError as error:
+                yield name, Checked(error=" ".join(str(error).split()))
 
 
 def _first_line(thing: Any) -> str:

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from audits.compare import Comparison, ProbeResult
 from audits.metrics import Metrics
+from audits.mutants import CHECKS, Catch
 from audits.side_by_side import Judged
 from audits.verdict import Report, Verdict
 from goldens import store
@@ -233,3 +234,42 @@ def golden_lines(path: Path, *, every: bool = False) -> Iterable[str]:
             for probe, array in trace.probes.items() if every else ():
                 dims = " ".join(f"{label}={n}" for label, n in zip(trace.dims(probe), array.shape, strict=True))
                 yield f"    {probe}: {array.dtype} {dims}"
+
+
+def audit_table(verdicts: Sequence[Verdict]) -> Table:
+    """One row a kernel: how many cases ran and failed, and the worst of them."""
+    table = Table(title="audit", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for name in ("kernel that ran", "cases", "failed", "worst share", "first bad token", "boundary", "faults", ""):
+        table.add_column(name, justify="left" if name in ("kernel that ran", "") else "right")
+    kernels: dict[str, list[Verdict]] = {}
+    for verdict in verdicts:
+        kernels.setdefault(str(verdict.evidence.get("kernel", verdict.audit)), []).append(verdict)
+    for kernel, group in kernels.items():
+        failed = [v for v in group if v.outcome == "fail"]
+        worst = max(group, key=lambda v: v.evidence.get("share", 0.0)).evidence
+        firsts = [v.evidence["first_bad_token"] for v in failed if v.evidence.get("first_bad_token") is not None]
+        boundaries = {v.evidence["boundary"] for v in failed if v.evidence.get("boundary") is not None}
+        outcome = "fail" if failed else "pass"
+        table.add_row(
+            escape(kernel),
+            str(len(group)),
+            str(len(failed)),
+            f"{worst.get('share', 0.0):.1%}",
+            str(min(firsts)) if firsts else "–",
+            ", ".join(f"< {b}" for b in sorted(boundaries)) or "–",
+            str(sum(len(v.evidence.get("faults", ())) for v in group) or "–"),
+            f"[{STYLES[outcome]}]{outcome}[/]",
+        )
+    return table
+
+
+def mutant_table(catches: Sequence[Catch]) -> Table:
+    """Which check caught which planted bug; a bug that a check had to catch and didn't is a failure."""
+    table = Table(title="planted bugs", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for name in ("bug", *CHECKS, "", "what it is"):
+        table.add_column(name)
+    for one in catches:
+        marks = ["caught" if c in one.messages else "MISSED" if c in one.mutant.caught_by else "–" for c in CHECKS]
+        outcome = "pass" if one.ok else "fail"
+        table.add_row(one.mutant.name, *marks, f"[{STYLES[outcome]}]{outcome}[/]", escape(one.mutant.title))
+    return table

@@ -1,0 +1,269 @@
+"""The wide-tile audit: does a routed matmul compute every token of every tile, at every residue?
+
+Each case runs the very kernel on the host executor and judges it token by token: weights decoded by the `gguf` package,
+weights and activations rounded to half as the kernels do, products and sums bounded as float32 ones. A different x for
+each token, random blocks, NaN-filled outputs and several experts, because uniform data can't see a permuted token, a
+wrong slot or a block that is read twice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from audits.kernel_spec import FORMATS, RHS, KernelSpec, read_specs
+from audits.verdict import Verdict
+from engine.metal.library import Library
+from engine.metal.library import compile as compile_metal
+from engine.metal.table import KERNELS
+from reference import bounds
+from reference.arithmetic import Arithmetic
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+OWN = KERNELS / "moe.toml"
+# Tokens of the fullest expert: both sides of every tile boundary (spec of the published defect, which began at token
+# 32).
+TOKENS = (1, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129)
+WIDTHS = (256, 512, 1024)
+ROWS = (64, 70)  # a whole tile of weight rows, and a ragged last one
+LOADS = ("one", "even", "skewed", "empty")
+# Products of two halves are exact in float32, which accumulates; one store, in float32 too.
+ARITHMETIC = Arithmetic.claim("float16", accumulate="float32", output="float32")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatmulCase:
+    """One launch: `tokens` of the fullest expert, K elements, M weight rows, how the experts are loaded, and the
+    seed.
+    """
+
+    kernel: str
+    tokens: int
+    K: int
+    M: int
+    load: str
+    seed: int
+    checked: bool = False
+    poison: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """The operands of a case and what honest arithmetic gives: ids [n,k], pairs [E,n], expected and bound [n,k,M]."""
+
+    arrays: Mapping[str, Array]
+    sizes: Mapping[str, int]
+    ids: Array
+    expected: Array
+    bound: Array
+
+
+def routing(load: str, tokens: int, rng: np.random.Generator) -> tuple[Array, int]:
+    """Expert ids [n,k], distinct within a token, and the number of experts E; the fullest expert has `tokens` tokens.
+
+    one: a single expert. even: all four as full. skewed: expert 0 gets all tokens, the rest few. empty: as skewed, but
+    two of six experts get none.
+    """
+    if load == "one":
+        return np.zeros((tokens, 1), dtype=np.int64), 1
+    if load == "even":
+        first = 2 * (np.arange(2 * tokens) % 2)
+        ids = np.stack([first, first + 1], axis=1)[rng.permutation(2 * tokens)]
+        return rng.permuted(ids, axis=1), 4
+    others = [1, 2, 3] if load == "skewed" else [1, 3, 4]
+    chance = np.array([0.8, 0.15, 0.05])
+    ids = np.stack([np.zeros(tokens, dtype=np.int64), rng.choice(others, size=tokens, p=chance)], axis=1)
+    return rng.permuted(ids, axis=1), 4 if load == "skewed" else 6
+
+
+def expert_pairs(ids: Array, experts: int) -> tuple[Array, Array]:
+    """counts [E] and pairs [E,n] (token·k + slot, ascending; unused entries 0xFFFFFFFF) of ids [n,k]."""
+    n = len(ids)
+    pairs = np.full((experts, n), 0xFFFFFFFF, dtype=np.uint32)
+    counts = np.zeros(experts, dtype=np.uint32)
+    for expert in range(experts):
+        chosen = np.flatnonzero(ids.reshape(-1) == expert)
+        counts[expert] = len(chosen)
+        pairs[expert, : len(chosen)] = chosen
+    return counts, pairs
+
+
+def random_blocks(kind: str, shape: tuple[int, ...], K: int, rng: np.random.Generator) -> Array:
+    """Random blocks [*shape, bytes] of a format: every code and sub-scale varies, the half scales are finite and near
+    1e-2.
+    """
+    _, elements, size = FORMATS[kind]
+    if kind == "f16":
+        return rng.standard_normal((*shape, K)).astype(np.float16).view(np.uint8)
+    blocks = rng.integers(0, 256, (*shape, K // elements, size), dtype=np.uint8)
+    # Where the half-precision scales lie in a block (llama.cpp, ggml-common.h).
+    for offset in {"q8_0": (0,), "q4_K": (0, 2), "q2_K": (80, 82), "iq2_xxs": (0,)}[kind]:
+        scales = (rng.uniform(0.5, 1.5, blocks.shape[:-1]) * 1e-2).astype(np.float16)
+        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
+    return blocks.reshape(*shape, -1)
+
+
+@lru_cache(maxsize=8)
+def _weights(kind: str, experts: int, M: int, K: int, seed: int) -> tuple[Array, Array]:
+    """Blocks and the half-rounded values that they decode to, float64 [E,M,K]; kept, as cases share them."""
+    blocks = random_blocks(kind, (experts, M), K, np.random.default_rng([seed, experts, M, K]))
+    if kind == "f16":
+        return blocks, blocks.view(np.float16).reshape(experts, M, K).astype(np.float64)
+    decoded = gguf.dequantize(blocks, gguf.GGMLQuantizationType[FORMATS[kind][0]])
+    return blocks, decoded.reshape(experts, M, K).astype(np.float16).astype(np.float64)
+
+
+def problem(spec: KernelSpec, case: MatmulCase) -> Problem:
+    """Operands, expected result and bound of a case."""
+    rng = np.random.default_rng([case.seed, case.tokens, case.K, case.M])
+    ids, experts = routing(case.load, case.tokens, rng)
+    blocks, values = _weights(spec.format, experts, case.M, case.K, case.seed)
+    n, k = ids.shape
+    x = rng.standard_normal((n, case.K)).astype(RHS[spec.rhs])
+    counts, pairs = expert_pairs(ids, experts)
+    half = torch.from_numpy(x.astype(np.float16).astype(np.float64))
+    expected, bound = np.empty((n, k, case.M)), np.empty((n, k, case.M))
+    for expert in range(experts):
+        token, slot = np.nonzero(ids == expert)
+        if len(token):
+            found = bounds.linear(half[torch.from_numpy(token)], torch.from_numpy(values[expert]), ARITHMETIC)
+            expected[token, slot], bound[token, slot] = found.expected.numpy(), found.bound.numpy()
+    row_bytes = blocks.shape[-1]
+    sizes = {"n": n, "K": case.K, "M": case.M, "E": experts, "top_k": k, "row_bytes": row_bytes}
+    sizes |= {"expert_bytes": case.M * row_bytes, "x_row_bytes": x.nbytes // n, "out_row_bytes": 4 * case.M}
+    arrays = {"weights": blocks, "x": x, "counts": counts, "pairs": pairs, "experts": ids.astype(np.int32)}
+    return Problem(arrays=arrays, sizes=sizes, ids=ids, expected=expected, bound=bound)
+
+
+@lru_cache(maxsize=8)
+def library(spec_source: Path, checked: bool, include_dirs: tuple[Path, ...], defines: tuple[Any, ...]) -> Library:
+    """The compiled source, kept for the session."""
+    return compile_metal(spec_source, checked=checked, include_dirs=include_dirs, defines=dict(defines))
+
+
+def run_case(spec: KernelSpec, case: MatmulCase, advance: Callable[[str], None] = lambda _: None) -> Verdict:
+    """Run one case and judge it token by token."""
+    advance(f"{case.kernel} R={case.tokens} K={case.K} M={case.M} {case.load}")
+    work = problem(spec, case)
+    out = np.empty(work.expected.shape, dtype=np.float32)
+    kernel = library(spec.source, case.checked, spec.include_dirs, tuple(spec.defines.items()))[spec.name]
+    run = kernel.launch(
+        spec.bind({**work.arrays, "out": out}, work.sizes),
+        threadgroups=spec.grid(work.sizes),
+        threads=spec.threads,
+        threadgroup_memory=spec.staging(work.sizes),
+        outputs=(spec.out,),
+        poison=case.poison,
+        schedule_seed=case.seed if case.checked else None,
+    )
+    faults = [asdict(fault) for fault in run.faults]
+    # `<=` is false for NaN, so a NaN is a mismatch.
+    with np.errstate(invalid="ignore"):
+        wrong = ~(np.abs(out.astype(np.float64) - work.expected) <= work.bound)
+    evidence = {"kernel": run.kernel, "device": run.device, **mismatch(wrong, work.ids, spec.tile), "faults": faults}
+    failed = evidence["elements"] or faults
+    return Verdict(
+        outcome="fail" if failed else "pass",
+        audit="moe_matmul",
+        case={"contract": "moe_matmul", "source": str(spec.source.name), **asdict(case)},
+        message=_message(spec, case, evidence) if failed else f"{case.kernel}: every token within its bound",
+        evidence=evidence,
+    )
+
+
+def mismatch(wrong: Array, ids: Array, tile: int) -> dict[str, Any]:
+    """What is wrong and where, from a mask [n,k,M]: elements, share, first bad token (by its place in its expert's
+    list), and the boundary b such that, in every tile, exactly the places from b on are bad (None: no such b).
+    """
+    bad, place = wrong.any(axis=-1), np.empty(ids.shape, dtype=np.int64)
+    for expert in np.unique(ids):
+        chosen = np.nonzero(ids == expert)
+        place[chosen] = np.arange(len(chosen[0]))
+    within = place % tile
+    boundary: int | None = None
+    if bad.any():
+        first = int(within[bad].min())
+        boundary = first if first > 0 and bool((bad == (within >= first)).all()) else None
+    return {
+        "elements": int(wrong.sum()),
+        "share": float(wrong.mean()),
+        "tokens": int(bad.sum()),
+        "first_bad_token": int(place[bad].min()) if bad.any() else None,
+        "boundary": boundary,
+    }
+
+
+def _message(spec: KernelSpec, case: MatmulCase, evidence: Mapping[str, Any]) -> str:
+    where = f"{case.kernel} R={case.tokens} K={case.K} M={case.M} {case.load} experts"
+    parts = []
+    if evidence["elements"]:
+        parts.append(
+            f"{evidence['elements']} elements ({evidence['share']:.1%}) of {evidence['tokens']} tokens are wrong,"
+            f" the first at token {evidence['first_bad_token']} of its expert"
+        )
+    if evidence["boundary"] is not None:
+        parts.append(f"correct for positions < {evidence['boundary']} in a tile of {spec.tile}")
+    if evidence["faults"]:
+        parts.append(f"{len(evidence['faults'])} faults, first: {evidence['faults'][0]['message']}")
+    return f"{where}: {'; '.join(parts)}"
+
+
+def cases(specs: Sequence[KernelSpec], *, full: bool, seed: int) -> Iterator[tuple[KernelSpec, MatmulCase]]:
+    """The sweep. Quick: every kernel at every boundary with one expert and a ragged row tile, the other widths and
+    loads in turn, and one checked run each. Full: everything crossed, and every residue modulo the tile.
+    """
+    for i, spec in enumerate(specs):
+        for j, tokens in enumerate(TOKENS):
+            if full:
+                combinations = [(K, M, load) for K in WIDTHS for M in ROWS for load in LOADS]
+            else:
+                combinations = [(256, 70, "one"), (WIDTHS[(i + j) % 3], ROWS[j % 2], LOADS[(i + j) % 4])]
+            for K, M, load in dict.fromkeys(combinations):
+                yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=K, M=M, load=load, seed=seed)
+        for tokens in range(1, 2 * spec.tile + 1) if full else ():
+            yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=256, M=64, load="one", seed=seed)
+        for tokens in (spec.tile - 1, spec.tile + 1) if full else (33,):
+            yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=256, M=70, load="skewed", seed=seed, checked=True)
+
+
+def audit(
+    candidate: str | Path | None, *, full: bool, seed: int, advance: Callable[[str], None] = lambda _: None
+) -> Iterator[Verdict]:
+    """Sweep tile × format × right-hand side × tokens × widths × loads, judged token by token.
+
+    `candidate` is a TOML file that describes kernels (docs/wide-tile-audit.md); None: our own.
+    """
+    path = described(candidate)
+    for spec, case in cases(read_specs(path), full=full, seed=seed):
+        verdict = run_case(spec, case, advance)
+        yield replace(verdict, case={**verdict.case, "candidate": None if candidate is None else str(candidate)})
+
+
+def replay(case: Mapping[str, Any]) -> Verdict:
+    """Run the one case that a Verdict of this audit recorded."""
+    known = {field.name for field in fields(MatmulCase)}
+    try:
+        wanted = MatmulCase(**{key: value for key, value in case.items() if key in known})
+    except TypeError as error:
+        raise ValueError(f"not a case of moe_matmul: {error}") from error
+    specs = {spec.name: spec for spec in read_specs(described(case.get("candidate")))}
+    if wanted.kernel not in specs:
+        raise ValueError(f"{described(case.get('candidate'))} describes no kernel {wanted.kernel!r}")
+    return run_case(specs[wanted.kernel], wanted)
+
+
+def described(candidate: Any) -> Path:
+    """The TOML file of a candidate; ValueError for what is none."""
+    if candidate is None:
+        return OWN
+    if not isinstance(candidate, str | Path) or Path(candidate).suffix != ".toml":
+        raise ValueError("moe_matmul takes a TOML file that describes kernels; docs/wide-tile-audit.md has the keys")
+    return Path(candidate)
