@@ -24,7 +24,10 @@ from pathlib import Path
 from engine.metal.errors import CompileError, MetalError
 
 HOST = Path(__file__).parent / "host"
-_RUNTIME = ("fiber.cpp", "runtime.cpp", "scheduler.cpp", "worker.cpp")
+_RUNTIME = (
+    "fiber.cpp", "guard_gaps.cpp", "host_threads.cpp", "runtime.cpp", "scheduler.cpp", "signals.cpp",
+    "threadgroup_memory.cpp", "worker.cpp",
+)  # fmt: skip
 _CHECKERS = "check*.cpp"
 # What a source may include of Metal's own. While preprocessing they are empty, so that only the user's text is
 # rewritten.
@@ -47,8 +50,8 @@ _COMMON = (
 )  # fmt: skip
 # Metal's half and float round after every operation, so nothing may be contracted or kept wider.
 _ARITHMETIC = ("-ffp-contract=off", "-fno-fast-math", "-fno-math-errno")
-# The loop vectoriser makes gathers of small register tiles, which then stay in memory (a tiled matmul with 4x16 outputs a
-# thread: 0.64 ns a multiply-add with it, 0.07 without). Straight-line code is still vectorised.
+# The loop vectoriser makes gathers of small register tiles, which then stay in memory (a tiled matmul with 4x16 outputs
+# a thread: 0.64 ns a multiply-add with it, 0.07 without). Straight-line code is still vectorised.
 _TUNING = ("-fno-vectorize",)
 # A call must not be duplicated into both sides of a branch on the thread's index: its lanes would no longer meet.
 # Passes that run before inlining see only the user's and the shim's functions around the runtime's, so all are marked.
@@ -58,6 +61,9 @@ _CONVERGENT = ("-fconvergent-functions",)
 _CHECKED = (
     "-fsanitize=thread", "-fsanitize=alignment", "-fsanitize-recover=alignment", "-fno-slp-vectorize",
     "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-tsan-instrument-func-entry-exit=0",
+    # Two accesses merged into one would have no line.
+    "-mllvm", "-simplifycfg-sink-common=false", "-mllvm", "-simplifycfg-hoist-common=false",
+    "-mllvm", "-enable-tail-merge=false",
 )  # fmt: skip
 _DIAGNOSTIC = re.compile(r"^(?P<file>[^\n:]+):(?P<line>\d+):\d+: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
 
@@ -216,7 +222,12 @@ def module(text: str, *, checked: bool) -> Path:
         source.write_text('#include "runtime.h"\n#include <metal_stdlib>\n' + text)
         flags += [f"-I{HOST}", f"-isystem{HOST / 'include'}"]
         done = _run([*flags, "-c", str(source), "-o", str(made)])
+        if done.returncode != 0 and checked:
+            # Watched copies of vectors (msl/vec.h) are functions, which takes the copies of a union of them away.
+            done = _run([*flags, "-DMSL_PLAIN_COPIES", "-c", str(source), "-o", str(made)])
         if done.returncode == 0:
+            if sys.platform == "darwin":  # a module's line tables stay in its object file there (lines.py)
+                made = _store(made, kept.with_suffix(".o"))
             done = _run([*_link_flags(), str(made), "-o", str(linked)])
         if done.returncode != 0:
             raise diagnose(done.stderr)

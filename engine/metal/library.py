@@ -156,8 +156,12 @@ def compile(
     or by name. `checked` compiles with every load and store watched. Raises CompileError at the user's line, and
     MetalError for anything else that can't be had here.
     """
-    if device != "host":
-        raise MetalError(f"device {device!r}: this executor runs kernels on the host CPU; pass device='host'")
+    if device not in ("host", "gpu"):
+        raise MetalError(f"device {device!r} is unknown; pass 'host' (this machine's CPU) or 'gpu' (an Apple GPU)")
+    if device == "gpu":
+        from engine.metal import gpu  # it extends this module
+
+        gpu.require(checked=checked)
     folders = [Path(folder).resolve() for folder in include_dirs]
     if isinstance(source_or_path, Path) or _is_path(source_or_path):
         path = Path(source_or_path)
@@ -166,4 +170,6 @@ def compile(
         text = compiler.preprocess(path.resolve(), str(path), folders, defines or {})
     else:
         text = compiler.preprocess_text(source_or_path, folders, defines or {})
+    if device == "gpu":
+        return gpu.compile(text, constants or {})
     return Library(source.read(text), constants or {}, checked=checked)

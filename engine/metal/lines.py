@@ -2,7 +2,7 @@
 
 The compiler writes line tables and, for each inlined call, where it was called from. The place that is shown is the
 innermost one outside the executor's own headers. On Linux the module's DWARF is read with pyelftools; on macOS `atos`
-reads the debug map (its object files are gone, so a line may be missing there).
+follows the module's debug map to its object file, and without `atos` faults have no line.
 """
 
 from __future__ import annotations

@@ -7,6 +7,11 @@
 //
 // Only one host thread may run checked threadgroups, one after another: the shadow is not atomic. Addresses that belong
 // neither to the arena nor to threadgroup memory (stacks, tables of the program) are not looked at.
+//
+// What isn't seen: an overrun so long that it lands inside another buffer; an access that the optimiser removed; a thread's
+// own arrays; a race hidden by two writers of one value. Of copies into a thread's own memory only those are reported
+// that read more unwritten bytes than written ones: the rest may be padding (but a struct of up to 8 bytes is loaded like
+// a number, padding and all). Simdgroup matrix operations count as lane 0's accesses.
 #pragma once
 
 #include <stddef.h>

@@ -84,8 +84,9 @@ FAST bool read_is_plain(uintptr_t address) {
   if (!in(device, address, offset)) return true;
   uint8_t page = device.pages[offset >> kPageShift];
   state.counts.loads[page == page_constant]++;
-  auto w = load<N>(device.w + offset), r = load<N>(device.r + offset);
+  auto w = load<N>(device.w + offset);
   if (LIKELY(page == page_input || page == page_constant)) return all(w == 0);
+  auto r = load<N>(device.r + offset);
   return page != page_gap && all(ordered<N>(device, page == page_mixed, w) & known_to_all<N>(device, r, me()));
 }
 
@@ -157,7 +158,7 @@ FAST bool write_is_plain(uintptr_t address, uintptr_t pc) {
     state.counts.stores[2]++;
     Cell self = me();
     auto w = load<N>(group.w + offset), r = load<N>(group.r + offset);
-    if (!LIKELY(all(((w < group.fence) | (w == self)) & ((r < group.fence) | (r == self))))) return false;
+    if (!LIKELY(all(((w < group.fence) | (w == self)) & (((r & ~kFar) < group.fence) | (r == self))))) return false;
     set_writer<N>(group, offset, self, pc);
     return true;
   }
@@ -185,7 +186,7 @@ __attribute__((noinline)) void write_again(void* pointer) {
   Cell self = me();
   auto w = load<N>(window.w + offset), r = load<N>(window.r + offset);
   if (!device || window.pages[offset >> kPageShift] >= page_output) {
-    auto reader = own<N>(window, r, self) | (device ? r == 0 : r < window.fence);
+    auto reader = own<N>(window, r, self) | (device ? r == 0 : (r & ~kFar) < window.fence);
     if (all(own<N>(window, w, self) & reader)) return set_writer<N>(window, offset, self, HERE);
   }
   [[clang::musttail]] return slow<N, writes>(pointer);

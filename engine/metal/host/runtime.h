@@ -65,6 +65,8 @@ enum Op : unsigned {
 struct Lanes {
   unsigned long long active;                                  // bit n: lane n took part
   const unsigned char* data;
+  unsigned char* result;                                      // kDepositBytes that all these lanes share: what one works out from
+  bool* known;                                                // the deposits (*known is false then) the others need not
   RT_INLINE const unsigned char* at(unsigned lane) const { return data + lane * kDepositBytes; }
 };
 

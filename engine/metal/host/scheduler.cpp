@@ -17,99 +17,6 @@ __thread Scheduler* scheduler = nullptr;
 
 static void enter_fiber() { scheduler->fiber_main(); }
 
-bool Scheduler::create() {
-  constexpr size_t guard = 64 * 1024;
-  void* memory = mmap(nullptr, kArenaBytes + 2 * guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-  if (memory == MAP_FAILED) return false;
-  char* bytes = static_cast<char*>(memory);
-  mprotect(bytes, guard, PROT_NONE);
-  mprotect(bytes + guard + kArenaBytes, guard, PROT_NONE);
-  arena_ = bytes + guard;
-  return true;
-}
-
-// ---- threadgroup memory -------------------------------------------------------------------------------------------
-
-static void fill_canary(char* begin, char* end) {
-  for (char* at = begin; at + 4 <= end; at += 4) memcpy(at, &kCanary, 4);
-}
-
-StoredRegion& Scheduler::allocate(int32_t buffer, uint32_t size, size_t align, const Site* site) {
-  align = align < 16 ? 16 : align;
-  uintptr_t at = reinterpret_cast<uintptr_t>(arena_next_) + kArenaGap;
-  char* base = reinterpret_cast<char*>((at + align - 1) & ~(align - 1));
-  if (region_count_ == kMaxRegions || base + size + 2 * kArenaGap > arena_ + kArenaBytes) {
-    fail("the kernel declares more threadgroup memory than the executor holds");
-  }
-  fill_canary(base - 256, base);
-  char* end = base + size;
-  char* aligned = reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(end) + 3) & ~uintptr_t{3});
-  for (char* c = end; c < aligned; c++) *c = reinterpret_cast<const char*>(&kCanary)[reinterpret_cast<uintptr_t>(c) & 3];
-  fill_canary(aligned, aligned + 256);
-  arena_next_ = aligned + 256;
-  used_bytes_ += size;
-  return regions_[region_count_++] = {buffer, size, base, site, true};
-}
-
-static bool is_canary(const char* at) {
-  return *at == reinterpret_cast<const char*>(&kCanary)[reinterpret_cast<uintptr_t>(at) & 3];
-}
-
-void Scheduler::check_canaries() {
-  for (unsigned i = 0; i < region_count_; i++) {
-    const StoredRegion& region = regions_[i];
-    char* end = region.base + region.size;
-    int64_t found = 0;
-    bool bad = false;
-    for (char* at = end; at < end + 256 && !bad; at++)
-      if (!is_canary(at)) bad = true, found = at - region.base;
-    for (char* at = region.base - 1; at >= region.base - 256 && !bad; at--)
-      if (!is_canary(at)) bad = true, found = at - region.base;
-    if (!bad) continue;
-    Fault what = fault(kind_out_of_bounds_write);
-    what.thread = -1;
-    what.threadgroup = int32_t(info_.linear_threadgroup);
-    what.space = space_threadgroup;
-    what.buffer = region.buffer;
-    what.offset = found;
-    what.size = 1;
-    what.bound = region.size;
-    record(what);
-    for (char* at = region.base - 256; at < region.base; at++) *at = reinterpret_cast<const char*>(&kCanary)[reinterpret_cast<uintptr_t>(at) & 3];
-    for (char* at = end; at < end + 256; at++) *at = reinterpret_cast<const char*>(&kCanary)[reinterpret_cast<uintptr_t>(at) & 3];
-  }
-}
-
-void Scheduler::begin_use(StoredRegion& region) {
-  region.fresh = false;
-  memset(region.base, launch_->poison ? 0xFF : 0, region.size);
-#ifdef ASSAY_CHECKED
-  check::add_threadgroup_region({region.buffer, check::Space::threadgroup, reinterpret_cast<uintptr_t>(region.base), region.size, true, !launch_->poison});
-#endif
-}
-
-void* Scheduler::local(const Site& site, size_t size, size_t align) {
-  StoredRegion* region = nullptr;
-  for (unsigned i = argument_regions_; i < region_count_ && !region; i++)
-    if (regions_[i].site == &site) region = &regions_[i];
-  if (!region) region = &allocate(-1 - int32_t(site.id), uint32_t(size), align, &site);
-  if (region->fresh) begin_use(*region);
-  return region->base;
-}
-
-const char* Scheduler::find_region(uintptr_t address, int32_t* buffer, int64_t* offset, int64_t* bound) const {
-  uintptr_t arena = reinterpret_cast<uintptr_t>(arena_);
-  if (address + 65536 < arena || address >= arena + kArenaBytes + 65536) return nullptr;
-  const StoredRegion* best = nullptr;
-  for (unsigned i = 0; i < region_count_; i++)
-    if (reinterpret_cast<uintptr_t>(regions_[i].base) <= address || !best) best = &regions_[i];
-  if (!best) return nullptr;
-  *buffer = best->buffer;
-  *offset = int64_t(address - reinterpret_cast<uintptr_t>(best->base));
-  *bound = best->size;
-  return best->base;
-}
-
 // ---- a launch, a threadgroup --------------------------------------------------------------------------------------
 
 uint64_t Scheduler::random() {                                // splitmix64 (Steele, Lea, Flood 2014)
@@ -359,7 +266,7 @@ Lanes Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigne
   Fiber* fiber = thread.fiber;
   if (simdgroup.waiting == simdgroup.live) complete(thread.simdgroup);
   next(fiber, false);
-  return {simdgroup.active, simdgroup.data};
+  return {simdgroup.active, simdgroup.data, simdgroup.result, &simdgroup.known};
 }
 
 // Completes the exchange of all that wait at one site. Of several sites the lowest address goes first, so that lanes in
@@ -398,6 +305,7 @@ void Scheduler::complete(unsigned index) {
   if (barrier) check::simd_barrier(index, flags);
 #endif
   simdgroup.active = group;
+  simdgroup.known = false;
   simdgroup.waiting &= ~group;
   simdgroup.uniform = true;                                   // of those left: looked at again when the next one arrives
   if (simdgroup.waiting)

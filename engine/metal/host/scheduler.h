@@ -37,6 +37,8 @@ struct Simdgroup {
   const void* values[kSimdWidth];
   uint32_t sizes[kSimdWidth];
   uint32_t active;                                            // lanes of the exchange that was completed last
+  bool known;
+  alignas(64) unsigned char result[kDepositBytes];
   alignas(64) unsigned char data[kSimdWidth * kDepositBytes];
 };
 

@@ -1,6 +1,6 @@
 """C++ that includes the metal_stdlib shim, compiled with the flags of kernels and called through ctypes.
 
-For functions that need no simdgroup: kernels test the rest. Arrays are passed as pointers; their dtypes are the caller's affair.
+For functions that need no simdgroup: kernels test the rest. Arrays are passed as pointers, unchecked.
 """
 
 from __future__ import annotations

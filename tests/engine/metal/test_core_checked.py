@@ -122,7 +122,8 @@ def test_closing_or_forgetting_a_library_ends_its_process() -> None:
 
 def test_a_worker_does_not_outlive_its_caller() -> None:
     code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1])\nimport numpy as np\nfrom engine.metal.library import compile\n"
+        "import os, sys\nsys.path.insert(0, sys.argv[1])\nimport numpy as np\n"
+        "from engine.metal.library import compile\n"
         "from tests.engine.metal.test_core_checked import SOURCE\nlib = compile(SOURCE)\n"
         "lib['past'].launch({0: np.zeros(8, np.int32)}, threadgroups=1, threads=4)\n"
         "print(lib._running._process.pid, flush=True)\nos.kill(os.getpid(), 9)\n"

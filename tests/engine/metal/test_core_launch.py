@@ -296,7 +296,7 @@ def test_a_kernel_that_never_ends_is_stopped(lib: Library) -> None:
     assert (p == 0).all(), "arrays stay as they were"
 
 
-@pytest.mark.parametrize("at", [1 << 24, 2**61 // 4, 2**64 - (1 << 40)])
+@pytest.mark.parametrize("at", [1 << 24, 1 << 40, 2**64 - (1 << 40)])
 def test_a_crash_is_reported_and_the_next_launch_works(lib: Library, at: int) -> None:
     fault = only_fault(lib["wild"], {0: np.zeros(4, np.int32), 1: np.uint64(at)}, threads=1)
     assert fault.kind == "crash"
@@ -411,8 +411,8 @@ def test_compile_errors_point_at_the_users_line(text: str, line: int, message: s
 
 
 def test_other_devices_are_not_pretended() -> None:
-    with pytest.raises(MetalError, match="pass device='host'"):
-        compile(SOURCE, device="gpu")
+    with pytest.raises(MetalError, match=r"'cuda' is unknown; pass 'host'"):
+        compile(SOURCE, device="cuda")
 
 
 def test_a_launch_costs_well_under_a_millisecond(lib: Library) -> None:

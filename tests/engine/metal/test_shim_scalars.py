@@ -63,7 +63,7 @@ def test_float_rounds_to_nearest_even(to: str) -> None:
 
 @pytest.mark.parametrize("name", ["short", "int", "uint", "long", "ulong"])
 def test_integers_round_once_to_bfloat(name: str) -> None:
-    kind = {"short": np.int16, "int": np.int32, "uint": np.uint32, "long": np.int64, "ulong": np.uint64}[name]
+    kind: Any = {"short": np.int16, "int": np.int32, "uint": np.uint32, "long": np.int64, "ulong": np.uint64}[name]
     info = np.iinfo(kind)
     rng = np.random.default_rng(2)
     wide = rng.integers(info.min, info.max, 4000, dtype=kind, endpoint=True) >> rng.integers(0, 63, 4000).astype(

@@ -117,9 +117,6 @@ kernel void far_pointer(device const float* in [[buffer(0)]], device float* out 
     out[i] = in[i + far];  // expect: crash
 }
 
-struct Pointers {
-    ulong address;
-};
 kernel void null_pointer(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
                          constant uint& n [[buffer(2)]], uint i [[thread_position_in_grid]]) {
     device const float* from = PLANT((device const float*)(ulong(n) - 128), in);

@@ -77,7 +77,7 @@ kernel void matrix_elements_for_half(device const float* in [[buffer(0)]], devic
     }
 }
 
-// simd_sum is over the lanes that are active (Metal 4 specification, 6.10.2), so lanes that have left are no fault.
+// simd_sum is over the active lanes (MSL specification, SIMD-group functions), so lanes that have left are no fault.
 kernel void sum_of_active_lanes(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
                                 uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
     if (lane >= 16) return;

@@ -112,7 +112,7 @@ static void matrices() {
   CHECK(one == one * one && half_of[3][3] == 0.5f && half_of[3][2] == 0 && determinant(one + one) == 16);
   CHECK(determinant(float2x2(1, 2, 3, 4)) == -2 && determinant(float3x3(2, 0, 0, 0, 3, 0, 0, 1, 4)) == 24);
   const float4x4 d(1, 2, 0, 1, 0, 1, 3, 2, 4, 0, 1, 1, 2, 1, 0, 1);
-  CHECK(determinant(d) == 7 && determinant(transpose(d)) == 7);
+  CHECK(determinant(d) == 8 && determinant(transpose(d)) == 8);
   float4x4 filled;
   for (int i = 0; i < 16; ++i) filled[i / 4][i % 4] = i;
   filled[2].xy = float2(0);

@@ -13,7 +13,7 @@ constexpr int simd_lanes = rt::kSimdWidth;
 constexpr unsigned long all_lanes = (1ul << simd_lanes) - 1;
 
 // In checked builds a vec's copy is a function (vec.h).
-#if __has_feature(thread_sanitizer)
+#if __has_feature(thread_sanitizer) && !defined(MSL_PLAIN_COPIES)
 inline constexpr bool watched_copies = true;
 #else
 inline constexpr bool watched_copies = false;

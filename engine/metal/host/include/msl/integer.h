@@ -14,8 +14,8 @@ template <class T> inline constexpr int bits_in = int(sizeof(T)) * 8;
 // Twice as wide, of the same signedness.
 template <class T> using wide_t = conditional_t<__is_signed(T), __int128, unsigned __int128>;
 
-template <class T> constexpr T saturated(wide_t<T> value) {
-  constexpr wide_t<T> low = numeric_limits<T>::min(), high = numeric_limits<T>::max();
+template <class T, class W> constexpr T saturated(W value) {
+  constexpr W low = numeric_limits<T>::min(), high = numeric_limits<T>::max();
   return static_cast<T>(value < low ? low : value > high ? high : value);
 }
 template <class T> constexpr T high_half(T x, T y) { return static_cast<T>((wide_t<T>(x) * y) >> bits_in<T>); }
@@ -76,8 +76,8 @@ MSL_INT1(ctz, detail::trailing_zeros(x))
 MSL_INT1(reverse_bits, detail::reversed(x))
 MSL_INT2(rotate, detail::rotated(x, y))
 MSL_INT2(mulhi, detail::high_half(x, y))
-MSL_INT2(addsat, detail::saturated<T>(detail::wide_t<T>(x) + y))
-MSL_INT2(subsat, detail::saturated<T>(detail::wide_t<T>(x) - static_cast<detail::wide_t<T>>(y)))
+MSL_INT2(addsat, detail::saturated<T>(static_cast<__int128>(x) + y))
+MSL_INT2(subsat, detail::saturated<T>(static_cast<__int128>(x) - y))
 MSL_INT2(hadd, (static_cast<__int128>(x) + y) >> 1)
 MSL_INT2(rhadd, (static_cast<__int128>(x) + y + 1) >> 1)
 MSL_INT3(madhi, static_cast<detail::unsigned_t<T>>(detail::high_half(x, y)) + static_cast<detail::unsigned_t<T>>(z))

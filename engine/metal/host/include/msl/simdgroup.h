@@ -66,6 +66,11 @@ METAL_FUNC T applied(const T& a, const T& b) {
 template <class F, class T>
 METAL_FUNC T reduce(const T& value) {
   const rt::Lanes lanes = deposit(value, rt::op_reduce);
+  if (*lanes.known) {  // an earlier lane has folded them
+    T result;
+    __builtin_memcpy(&result, lanes.result, sizeof(T));
+    return result;
+  }
   T folded[simd_lanes];
   if (lanes.active == all_lanes) {
     for (int i = 0; i < simd_lanes; ++i) folded[i] = deposited<T>(lanes, i);
@@ -75,6 +80,8 @@ METAL_FUNC T reduce(const T& value) {
   }
   for (int half_width = simd_lanes / 2; half_width > 0; half_width /= 2)
     for (int i = 0; i < half_width; ++i) folded[i] = applied<F>(folded[i], folded[i + half_width]);
+  __builtin_memcpy(lanes.result, &folded[0], sizeof(T));
+  *lanes.known = true;
   return folded[0];
 }
 

@@ -41,23 +41,23 @@ struct swizzle {
 }  // namespace metal
 
 // MSL_TAKE declares one swizzle under its xyzw and rgba names.
-#define MSL_TAKE(n, a, c, ...) detail::swizzle<T, n, __VA_ARGS__> a, c;
+#define MSL_TAKE(n, p, q, ...) detail::swizzle<T, n, __VA_ARGS__> p, q;
 
 // Append one of the first n components: SECOND makes names of two letters, END of four.
-#define MSL_END_2(n, a, c, ...) MSL_TAKE(n, a##x, c##r, __VA_ARGS__, 0) MSL_TAKE(n, a##y, c##g, __VA_ARGS__, 1)
-#define MSL_END_3(n, a, c, ...) MSL_END_2(n, a, c, __VA_ARGS__) MSL_TAKE(n, a##z, c##b, __VA_ARGS__, 2)
-#define MSL_END_4(n, a, c, ...) MSL_END_3(n, a, c, __VA_ARGS__) MSL_TAKE(n, a##w, c##a, __VA_ARGS__, 3)
+#define MSL_END_2(n, p, q, ...) MSL_TAKE(n, p##x, q##r, __VA_ARGS__, 0) MSL_TAKE(n, p##y, q##g, __VA_ARGS__, 1)
+#define MSL_END_3(n, p, q, ...) MSL_END_2(n, p, q, __VA_ARGS__) MSL_TAKE(n, p##z, q##b, __VA_ARGS__, 2)
+#define MSL_END_4(n, p, q, ...) MSL_END_3(n, p, q, __VA_ARGS__) MSL_TAKE(n, p##w, q##a, __VA_ARGS__, 3)
 
-#define MSL_THIRD(n, a, c, ...) MSL_TAKE(n, a, c, __VA_ARGS__) MSL_END_##n(n, a, c, __VA_ARGS__)
-#define MSL_THIRDS_2(n, a, c, ...) \
-  MSL_THIRD(n, a##x, c##r, __VA_ARGS__, 0) MSL_THIRD(n, a##y, c##g, __VA_ARGS__, 1)
-#define MSL_THIRDS_3(n, a, c, ...) MSL_THIRDS_2(n, a, c, __VA_ARGS__) MSL_THIRD(n, a##z, c##b, __VA_ARGS__, 2)
-#define MSL_THIRDS_4(n, a, c, ...) MSL_THIRDS_3(n, a, c, __VA_ARGS__) MSL_THIRD(n, a##w, c##a, __VA_ARGS__, 3)
+#define MSL_THIRD(n, p, q, ...) MSL_TAKE(n, p, q, __VA_ARGS__) MSL_END_##n(n, p, q, __VA_ARGS__)
+#define MSL_THIRDS_2(n, p, q, ...) \
+  MSL_THIRD(n, p##x, q##r, __VA_ARGS__, 0) MSL_THIRD(n, p##y, q##g, __VA_ARGS__, 1)
+#define MSL_THIRDS_3(n, p, q, ...) MSL_THIRDS_2(n, p, q, __VA_ARGS__) MSL_THIRD(n, p##z, q##b, __VA_ARGS__, 2)
+#define MSL_THIRDS_4(n, p, q, ...) MSL_THIRDS_3(n, p, q, __VA_ARGS__) MSL_THIRD(n, p##w, q##a, __VA_ARGS__, 3)
 
-#define MSL_SECOND(n, a, c, i, j) MSL_TAKE(n, a, c, i, j) MSL_THIRDS_##n(n, a, c, i, j)
-#define MSL_SECONDS_2(n, a, c, i) MSL_SECOND(n, a##x, c##r, i, 0) MSL_SECOND(n, a##y, c##g, i, 1)
-#define MSL_SECONDS_3(n, a, c, i) MSL_SECONDS_2(n, a, c, i) MSL_SECOND(n, a##z, c##b, i, 2)
-#define MSL_SECONDS_4(n, a, c, i) MSL_SECONDS_3(n, a, c, i) MSL_SECOND(n, a##w, c##a, i, 3)
+#define MSL_SECOND(n, p, q, i, j) MSL_TAKE(n, p, q, i, j) MSL_THIRDS_##n(n, p, q, i, j)
+#define MSL_SECONDS_2(n, p, q, i) MSL_SECOND(n, p##x, q##r, i, 0) MSL_SECOND(n, p##y, q##g, i, 1)
+#define MSL_SECONDS_3(n, p, q, i) MSL_SECONDS_2(n, p, q, i) MSL_SECOND(n, p##z, q##b, i, 2)
+#define MSL_SECONDS_4(n, p, q, i) MSL_SECONDS_3(n, p, q, i) MSL_SECOND(n, p##w, q##a, i, 3)
 
 #define MSL_SWIZZLES_2 MSL_SECONDS_2(2, x, r, 0) MSL_SECONDS_2(2, y, g, 1)
 #define MSL_SWIZZLES_3 MSL_SECONDS_3(3, x, r, 0) MSL_SECONDS_3(3, y, g, 1) MSL_SECONDS_3(3, z, b, 2)

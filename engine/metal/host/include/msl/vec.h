@@ -30,7 +30,7 @@ template <class T, int N, int... I> constexpr const T& component(const swizzle<T
 }  // namespace detail
 
 // A trivial copy from a misaligned address goes unseen: clang checks the alignment of what a reference is bound to.
-#if __has_feature(thread_sanitizer)
+#if __has_feature(thread_sanitizer) && !defined(MSL_PLAIN_COPIES)
 #define MSL_VEC_COPY(name, N)                                                                           \
   constexpr name(const name& other) {                                                                    \
     for (int i = 0; i < N; ++i) e[i] = other.e[i];                                                       \

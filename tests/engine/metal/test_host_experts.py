@@ -1,0 +1,138 @@
+"""The engine with its routed experts in Metal kernels on the host: what runs, what is said of it, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import engine
+from engine.errors import CheckpointError, DeviceError
+from engine.metal import table
+from engine.metal.library import Kernel
+from tests.engine.tiny import make_checkpoint
+
+SIZE_256 = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 4}
+TOKENS = [3, 17, 60, 2, 9, 9, 41, 28]
+PARTS = ("experts", "gate", "up", "act", "down")
+
+
+@pytest.fixture(scope="module")
+def blocks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("blocks") / "model", gguf="Q4_K", **SIZE_256)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that the executor launched, as it sees them."""
+    seen: list[str] = []
+    original = Kernel.launch
+
+    def launch(self: Kernel, *args: Any, **options: Any) -> Any:
+        seen.append(self.name)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(Kernel, "launch", launch)
+    return seen
+
+
+def expected_names(dtype: str, tokens: int) -> dict[str, list[str]]:
+    """What the table says for `tokens` at once: by vector for one token in float32, expert-major for the rest."""
+    if tokens == 1 and dtype == "float32":
+        product = [table.plan_mul_mv_id("Q4_K", dtype, 3, 256).kernel]
+    else:
+        product = ["kernel_mul_mm_id_map", table.plan_mul_mm_id("Q4_K", dtype, tokens, 256, 4).kernel]
+    act = [table.plan_swiglu(dtype, 3 * tokens, 256).kernel]
+    by_part = dict(zip(PARTS, (["kernel_router"], product, product, act, product), strict=True))
+    return {f"layers.{i}.moe.{part}": names for i in range(2) for part, names in by_part.items()}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_what_is_said_to_have_run_is_what_was_launched(blocks: Path, launches: list[str], dtype: str) -> None:
+    model = engine.load(blocks, dtype=dtype, kernels="host")
+    assert model.kernels == {}
+    for tokens in (8, 1):
+        launches.clear()
+        model.run(TOKENS[:tokens])
+        told = expected_names(dtype, tokens)
+        assert model.kernels == told == model.provenance["kernels"], "and nothing of the run before"
+        assert launches == [name for names in told.values() for name in names]
+
+
+def test_prefill_and_decode_of_one_run_are_both_told(blocks: Path, launches: list[str]) -> None:
+    model = engine.load(blocks, dtype="float32", kernels="host")
+    model.run(TOKENS, chunk=5, decode=2)
+    names = model.kernels["layers.1.moe.down"]
+    assert names == ["kernel_mul_mm_id_map", "kernel_mul_mm_id_q4_K_f32_n32", "kernel_mul_mv_id_q4_K_f32"]
+    assert set(launches) == {name for names in model.kernels.values() for name in names}
+    model.generate(TOKENS[:1], max_tokens=2)
+    assert model.kernels["layers.1.moe.down"] == ["kernel_mul_mv_id_q4_K_f32"]
+
+
+def test_mlx_launches_none_of_them(blocks: Path, launches: list[str]) -> None:
+    model = engine.load(blocks, dtype="float32", device="cpu")
+    model.run(TOKENS)
+    assert model.provenance["kernels"] == {}
+    assert not launches
+
+
+def test_both_kinds_of_kernels_compute_one_model(blocks: Path) -> None:
+    """In layer 0, from equal inputs; how close they must be is for the audit to say, here within one percent."""
+    outputs: dict[str, Any] = {}
+    for kernels in ("mlx", "host"):
+        seen: dict[str, Any] = {}
+        engine.load(blocks, dtype="float32", device="cpu", kernels=kernels).run(TOKENS, tap=seen.__setitem__)
+        outputs[kernels] = seen["layers.0.moe.output"]
+        assert seen["layers.0.moe.gate"].shape == (8, 3, 256)
+        assert seen["layers.0.moe.weights"].dtype == np.float32
+        assert seen["layers.0.moe.experts"].dtype == np.int32
+    assert np.abs(outputs["host"] - outputs["mlx"]).max() < 1e-2 * np.abs(outputs["mlx"]).max()
+
+
+def test_weights_are_the_values_of_the_blocks_that_the_kernels_read(blocks: Path) -> None:
+    mlx, host = (engine.load(blocks, dtype="float16", device="cpu", kernels=kernels) for kernels in ("mlx", "host"))
+    expected, actual = dict(mlx.weights()), dict(host.weights())
+    assert actual.keys() == expected.keys()
+    assert all(np.array_equal(actual[name], expected[name]) for name in expected)
+    name = "model.layers.0.mlp.experts.up_proj.weight"
+    assert actual[name].dtype == np.float16
+    host.blocks[name].data[1, 2, 20] ^= 1
+    assert not np.array_equal(dict(host.weights())[name], actual[name])
+
+
+def test_the_claims_are_those_of_the_weaker_kernel(blocks: Path) -> None:
+    mlx, host = (engine.load(blocks, dtype="float32", device="cpu", kernels=kernels) for kernels in ("mlx", "host"))
+    changed = {"experts": {"operand": "float16", "accumulate": "float32", "intermediate": "float32", "output": "input"}}
+    assert host.provenance["arithmetic"] == mlx.provenance["arithmetic"] | changed
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "told"),
+    [
+        ({"kernels": "cuda"}, ValueError, "kernels is 'cuda'; one of mlx, host"),
+        ({"kernels": "host", "device": "metal"}, DeviceError, "'metal': the host's kernels run on the CPU"),
+        ({"kernels": "host", "dtype": "bfloat16"}, ValueError, "'bfloat16'; the host's kernels multiply float32 and"),
+        ({"kernels": "host", "dtype": "float8"}, ValueError, "one of float32, float16, bfloat16"),
+    ],
+)
+def test_what_has_no_kernels_is_refused(
+    blocks: Path, options: dict[str, str], error: type[Exception], told: str
+) -> None:
+    with pytest.raises(error, match=told):
+        engine.load(blocks, **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (None, "experts.gate_proj.weight is not in blocks; the kernels read experts in experts.gguf as Q8_0, Q4_K,"),
+        ("F16", "experts.gate_proj.weight is F16; the kernels read"),
+        ("Q6_K", "experts.gate_proj.weight is Q6_K; the kernels read"),
+    ],
+)
+def test_experts_that_no_kernel_reads_are_refused(tmp_path: Path, kind: str | None, told: str) -> None:
+    folder = make_checkpoint(tmp_path / "model", gguf=kind, **SIZE_256)
+    with pytest.raises(CheckpointError, match=told):
+        engine.load(folder, dtype="float32", kernels="host")
