@@ -13,6 +13,7 @@ TEST_ENV := OMP_NUM_THREADS=1
 audit: $(INSTALLED)
 	$(BIN)/assay doctor
 	$(BIN)/assay run --dtype float32 --dtype float16 --dtype bfloat16
+	$(BIN)/assay run --experts q4_k --kernels host --prompt '^A00482+99915='
 	$(BIN)/assay golden verify
 
 test: $(INSTALLED)

@@ -22,8 +22,8 @@ def run(engine: Any, case: Mapping[str, Any]) -> Trace:
     """The Trace of one run: `engine` is "mlx", "reference", or an object with `run(tokens, tap=, chunk=, decode=)` and
     `provenance`.
 
-    `case`: {"tokens": [ids], "model": "shipped" or a folder, "options": {"dtype", "device", "chunk", "decode"},
-    "seed"}; all but "tokens" have defaults. Raises ValueError for a case that can't be run.
+    `case`: {"tokens": [ids], "model": "shipped" or a folder, "options": {"dtype", "device", "chunk", "decode",
+    "experts", "kernels"}, "seed"}; all but "tokens" have defaults. Raises ValueError for a case that can't be run.
     """
     return run_case(engine, case)
 

@@ -21,6 +21,8 @@ Model = Annotated[str, typer.Option(help="A checkpoint folder in the Hugging Fac
 Elsewhere = Annotated[str, typer.Option("--model", help="Where the model is now, if not where the golden says.")]
 Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="float32 (default), float16, bfloat16; repeatable.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="metal, cuda, cpu, or auto: the best there is.")]
+Experts = Annotated[str, typer.Option(help="Quantise the experts first: q8_0, q4_k, q2_k or iq2_xxs.")]
+Kernels = Annotated[str, typer.Option(help="Routed experts by mlx, or by our Metal kernels on the CPU: host.")]
 Tokens = Annotated[str | None, typer.Option(help="Token ids, separated by commas.")]
 Probes = Annotated[bool, typer.Option("--probes", help="Show every probe, not the worst of each kind.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the report as JSON to PATH ('-': standard output).")]
@@ -38,6 +40,8 @@ def run_command(
     chunk: Annotated[int | None, typer.Option(min=1, help="Tokens prefilled at a time; 32.")] = None,
     decode: Annotated[int | None, typer.Option(min=0, help="Last tokens fed one by one; 4.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Draws the built-in prompts; 0.")] = None,
+    experts: Experts = "",
+    kernels: Kernels = "",
     probes: Probes = False,
     json: Json = None,
 ) -> None:
@@ -47,6 +51,7 @@ def run_command(
 
     if golden is not None:
         given = {"prompt": prompt, "tokens": tokens, "dtype": dtype, "chunk": chunk, "decode": decode, "seed": seed}
+        given |= {"experts": experts or None, "kernels": kernels or None}
         if said := [f"--{name}" for name, value in given.items() if value is not None]:
             raise ValueError(f"--golden says how to run; leave out {', '.join(said)}")
         elsewhere = "" if model == "shipped" else model
@@ -62,8 +67,10 @@ def run_command(
             device=device,
             chunk=chunk or 32,
             decode=decode,
+            experts=experts,
+            kernels=kernels or "mlx",
         )
-        title = f"{model} in {name} beside the reference"
+        title = f"{cases[0].checkpoint} in {name} beside the reference"
         jobs.append(Job(title=title, steps=partial(audit_model, cases), total=len(cases)))
     judge(jobs, json, every=probes)
 
@@ -122,6 +129,8 @@ def golden_regenerate(
     dtype: Annotated[str, typer.Option(help="For a new golden: float32 (default), float16 or bfloat16.")] = "",
     device: Annotated[str, typer.Option(help="metal, cuda, cpu or auto; else the one the golden was made on.")] = "",
     tokens: Annotated[str | None, typer.Option(help="For a new golden: token ids, separated by commas.")] = None,
+    experts: Annotated[str, typer.Option(help="For a new golden: as for `assay run`.")] = "",
+    kernels: Annotated[str, typer.Option(help="For a new golden: as for `assay run`.")] = "",
 ) -> None:
     from audits.cases import cases_for
     from audits.golden_jobs import check_name, default_golden_paths, golden_cases, regenerate
@@ -129,14 +138,21 @@ def golden_regenerate(
     paths = goldens or default_golden_paths()
     if tokens is not None and (goldens is None or len(goldens) != 1):
         raise ValueError("--tokens makes one new golden: name its file, NAME.h5")
-    if tokens is None and (model or dtype):
-        raise ValueError("--model and --dtype are for a new golden: give its --tokens too")
+    if tokens is None and (model or dtype or experts or kernels):
+        raise ValueError("--model, --dtype, --experts and --kernels are for a new golden: give its --tokens too")
     for path in paths:
         check_name(path)
         if tokens is None:
             cases = golden_cases(path, device)
         else:
-            cases = cases_for(model or "shipped", tokens=tokens, dtype=dtype or "float32", device=device or "auto")
+            cases = cases_for(
+                model or "shipped",
+                tokens=tokens,
+                dtype=dtype or "float32",
+                device=device or "auto",
+                experts=experts,
+                kernels=kernels or "mlx",
+            )
         with progress(f"regenerate {path.name}", len(cases)) as advance:
             pending = regenerate(path, cases, advance)
         line(console, f"pending: {pending}")

@@ -29,11 +29,20 @@ LOG_SECONDS = 2.0  # a line of progress at most so often
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
 
 
+class _Screen(Console):
+    """A rich Console that leaves a closed pipe to `start`: rich's own would exit with 1, which says that something
+    failed.
+    """
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError
+
+
 def _console(stream: Any, *, stderr: bool) -> Console:
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" rather than a traceback
     terminal = stream is not None and stream.isatty()
-    return Console(soft_wrap=True, highlight=False, width=None if terminal else LOG_WIDTH, stderr=stderr)
+    return _Screen(soft_wrap=True, highlight=False, width=None if terminal else LOG_WIDTH, stderr=stderr)
 
 
 console = _console(sys.stdout, stderr=False)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from audits import quantized
 from goldens.fixture import tasks
 from goldens.fixture.tasks import encode, held_out
 from reference.config import read_config
@@ -22,12 +23,16 @@ TRACES_FOLDER = SHIPPED_FOLDER.parent / "traces"
 DEFAULT_TASKS = ("add", "recall", "chain", "copy", "sort", "balanced")
 DECODED = 4  # tokens that are fed one by one at the end, unless told otherwise
 RANDOM_LENGTH = 48  # tokens drawn for a model that comes without a vocabulary: one and a half sliding windows
+# What experts are quantised to before the run (none: run as they are), and whose kernels compute them.
+EXPERTS = ("", *quantized.FORMATS)
+KERNELS = ("mlx", "host")
+OPTIONS = ("dtype", "device", "chunk", "decode", "experts", "kernels")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
     """One run. `chunk` tokens are prefilled at a time, the last `decode` are fed one by one; `answer` is where the
-    answer starts in `tokens` (0: there is none).
+    answer starts in `tokens` (0: there is none). `experts` and `kernels` are one of EXPERTS and KERNELS.
     """
 
     name: str
@@ -39,10 +44,17 @@ class Case:
     decode: int = 0
     seed: int = 0
     answer: int = 0
+    experts: str = ""
+    kernels: str = "mlx"
+
+    @property
+    def checkpoint(self) -> str:
+        """What is run, as `model_folder` takes it: the model, or what its experts' quantisation makes of it."""
+        return f"{self.model}+{self.experts}" if self.experts else self.model
 
     def as_dict(self) -> dict[str, Any]:
         """JSON-able; `from_dict` takes it back."""
-        options = {"dtype": self.dtype, "device": self.device, "chunk": self.chunk, "decode": self.decode}
+        options = {name: getattr(self, name) for name in OPTIONS}
         return {
             "name": self.name,
             "model": self.model,
@@ -54,13 +66,12 @@ class Case:
 
     @classmethod
     def from_dict(cls, case: Mapping[str, Any]) -> Case:
-        """The Case of a plain dict: "tokens" is needed; "name", "model", "seed", "answer" and "options" (dtype, device,
-        chunk, decode) have defaults (decode: 0). ValueError names a key that is unknown or a value of the wrong
-        kind."""
+        """The Case of a plain dict: "tokens" is needed; "name", "model", "seed", "answer" and "options" (OPTIONS) have
+        defaults (decode: 0). ValueError names a key that is unknown or a value of the wrong kind."""
         if not isinstance(case, Mapping) or not isinstance(options := case.get("options", {}), Mapping):
             raise ValueError('a case is a dict with "tokens", and its "options", if any, are one too')
         known = {"name", "model", "tokens", "options", "seed", "answer"}
-        if unknown := sorted((set(case) - known) | (set(options) - {"dtype", "device", "chunk", "decode"})):
+        if unknown := sorted((set(case) - known) | (set(options) - set(OPTIONS))):
             raise ValueError(f"a case has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
         if "tokens" not in case:
             raise ValueError("a case needs 'tokens', a sequence of token ids")
@@ -74,6 +85,8 @@ class Case:
             decode=_count("decode", options.get("decode", 0), 0),
             seed=_count("seed", case.get("seed", 0), 0),
             answer=_count("answer", case.get("answer", 0), 0),
+            experts=_choice("experts", options.get("experts", cls.experts), EXPERTS),
+            kernels=_choice("kernels", options.get("kernels", cls.kernels), KERNELS),
         )
         if found.decode > len(found.tokens):
             raise ValueError(f"decode is {found.decode}, but there are {len(found.tokens)} tokens")
@@ -82,6 +95,8 @@ class Case:
     def replay_command(self) -> str:
         """The command that runs this case alone."""
         words = ["assay", "run", "--model", self.model, "--dtype", self.dtype, "--device", self.device]
+        words += ["--experts", self.experts] if self.experts else []
+        words += ["--kernels", self.kernels] if self.kernels != "mlx" else []
         words += ["--chunk", str(self.chunk), "--decode", str(self.decode), "--tokens", ",".join(map(str, self.tokens))]
         return shlex.join(words)
 
@@ -99,8 +114,22 @@ def _count(name: str, given: Any, least: int) -> int:
     return int(given)
 
 
-def model_folder(model: str) -> Path:
-    """The folder of a model: "shipped" is the one in the repository."""
+def _choice(name: str, given: Any, choices: Sequence[str]) -> str:
+    if given not in choices:
+        raise ValueError(
+            f"{name} is {given!r}; one of {', '.join(choice or '(none)' for choice in choices)} is expected"
+        )
+    return str(given)
+
+
+def model_folder(model: str, advance: Callable[[str], None] = lambda _: None) -> Path:
+    """The folder of a model: "shipped" is the one in the repository, MODEL+FORMAT is MODEL with its experts quantised.
+
+    The latter is made when it isn't there yet; `advance` is told so before.
+    """
+    base, _, kind = model.rpartition("+")
+    if base and kind in quantized.FORMATS and not Path(model).exists():
+        return quantized.quantized_checkpoint(model_folder(base), kind, advance)
     return SHIPPED_FOLDER if model == SHIPPED else Path(model)
 
 
@@ -113,7 +142,7 @@ def cases_for(
     decode: int | None = None,
     **options: Any,
 ) -> list[Case]:
-    """Cases for `model` with `options` (dtype, device, chunk): the given tokens or prompts, else built-in ones.
+    """Cases for `model` with `options` (OPTIONS but decode): the given tokens or prompts, else built-in ones.
 
     Built in are held-out examples for the shipped model, and random tokens for any other. `decode` None decodes the
     last four tokens, or all but the first of a shorter prompt. ValueError for bad input.

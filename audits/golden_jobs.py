@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from audits.cases import TRACES_FOLDER, Case, example
+from audits.cases import TRACES_FOLDER, Case, example, model_folder
 from audits.compare import ProbeResult, compare
 from audits.runs import load_engine, load_reference, model_fingerprint, run, weights_dtype
 from audits.side_by_side import Judged, to_verdict
@@ -24,10 +24,12 @@ from goldens.matching import check_model
 from goldens.trace import Trace
 from reference.replay import check_claims
 
-# The committed goldens: one file a dtype. This one prompt of 46 tokens wraps the sliding window of 32 and keeps the
-# three files under 20 MB.
-GOLDEN_TASKS = ("copy",)
-GOLDEN_DTYPES = ("float32", "float16", "bfloat16")
+# The committed goldens, and what each is of. copy's prompt of 46 tokens wraps the sliding window of 32; a short prompt
+# goes through the engine's own kernels. Together they stay under 20 MB.
+GOLDENS: Mapping[str, Mapping[str, str]] = {
+    **{dtype: {"task": "copy", "dtype": dtype} for dtype in ("float32", "float16", "bfloat16")},
+    "q4_k-host": {"task": "count", "dtype": "float32", "experts": "q4_k", "kernels": "host"},
+}
 Advance = Callable[[str], None]
 
 
@@ -51,7 +53,7 @@ def pending_goldens(paths: Sequence[Path]) -> list[Path]:
 
 def default_golden_paths() -> list[Path]:
     """Where the committed goldens belong."""
-    return [TRACES_FOLDER / f"{dtype}.h5" for dtype in GOLDEN_DTYPES]
+    return [TRACES_FOLDER / f"{name}.h5" for name in GOLDENS]
 
 
 def golden_cases(path: Path, device: str = "") -> list[Case]:
@@ -63,15 +65,16 @@ def golden_cases(path: Path, device: str = "") -> list[Case]:
         with store.open(path) as golden:
             stored = [_case_of(trace) for trace in golden.cases.values()]
         return [replace(case, device=device or case.device) for case in stored]
-    if path.stem not in GOLDEN_DTYPES:
+    if path.stem not in GOLDENS:
         raise GoldenError(f"{path}: no such golden; give --tokens and --dtype to make a new one")
-    return [replace(example(task, 0), dtype=path.stem, device=device or "cpu") for task in GOLDEN_TASKS]
+    options: dict[str, Any] = dict(GOLDENS[path.stem])
+    return [replace(example(options.pop("task"), 0), device=device or "cpu", **options)]
 
 
 def regenerate(path: Path, cases: Sequence[Case], advance: Advance = lambda _: None) -> Path:
     """Run every case on the MLX engine and stage the Traces as the pending golden of `path`; returns that file."""
     check_name(path)
-    engine = load_engine(cases[0])
+    engine = load_engine(cases[0], advance)
     traces = []
     for case in cases:
         advance(case.name)
@@ -127,8 +130,9 @@ def verify(path: Path, device: str = "auto", advance: Advance = lambda _: None, 
         for name, expected in golden.cases.items():
             advance(name)
             case = replace(_case_of(expected, model), device=device)
-            check_model(expected, model_fingerprint(case.model))
-            engine = engine or load_engine(case)
+            model_folder(case.checkpoint, advance)
+            check_model(expected, model_fingerprint(case.checkpoint))
+            engine = engine or load_engine(case, advance)
             _check_arithmetic(expected, engine.provenance)
             actual = run(engine, replace(case, device=engine.provenance["device"]))
             command = f"assay golden verify {shlex.quote(str(path))} --device {engine.provenance['device']}"
@@ -159,11 +163,11 @@ def _check_arithmetic(stored: Trace, engine: Mapping[str, Any]) -> None:
 
 def _judge(actual: Trace, expected: Trace, audit: str, command: str, model: str = "") -> Judged:
     case = _case_of(actual, model)
-    found = model_fingerprint(case.model)
+    found = model_fingerprint(case.checkpoint)
     for trace in (actual, expected):
         check_model(trace, found)
         check_claims(trace.provenance.get("arithmetic", {}), str(trace.provenance.get("dtype")))
-    models = [load_reference(case.model, weights_dtype(trace.provenance)) for trace in (actual, expected)]
+    models = [load_reference(case.checkpoint, weights_dtype(trace.provenance)) for trace in (actual, expected)]
     comparison = compare(actual, expected, *models)
     verdict = to_verdict(comparison, case, audit, command + (f" --model {shlex.quote(model)}" if model else ""))
     return Judged(case=case, verdict=verdict, comparison=comparison, actual=actual, expected=expected)

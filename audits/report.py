@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from audits.compare import Comparison, ProbeResult
+from audits.launched import kernel_lines
 from audits.metrics import Metrics
 from audits.mutants import CHECKS, Catch
 from audits.side_by_side import Judged
@@ -111,8 +112,8 @@ def _number(x: float) -> str:
 
 
 def summary_lines(judged: Sequence[Judged]) -> list[str]:
-    """Lines under the table: agreement of the logits, answers, flips with their margins."""
-    lines = []
+    """Lines under the table: kernels that ran, agreement of the logits, answers, flips with their margins."""
+    lines = kernel_lines(j.actual.provenance.get("kernels", {}) for j in judged)
     agreements = [j.comparison.logits for j in judged if j.comparison.logits is not None]
     if agreements:
         tokens = sum(a.tokens for a in agreements)

@@ -27,7 +27,7 @@ class Judged:
 def audit_case(engine: EngineLike, case: Case) -> Judged:
     """Run one case on the engine and on the reference, and judge."""
     actual, expected = run(engine, case), run("reference", case)
-    comparison = compare(actual, expected, load_reference(case.model, weights_dtype(actual.provenance)))
+    comparison = compare(actual, expected, load_reference(case.checkpoint, weights_dtype(actual.provenance)))
     verdict = to_verdict(comparison, case, "run", case.replay_command())
     return Judged(case=case, verdict=verdict, comparison=comparison, actual=actual, expected=expected)
 
@@ -43,7 +43,7 @@ def to_verdict(comparison: Comparison, case: Case, audit: str, replay: str) -> V
 
 def audit_model(cases: Sequence[Case], advance: Callable[[str], None] = lambda _: None) -> Iterator[Judged]:
     """Judge every case on the MLX engine; the cases share a model, a dtype and a device."""
-    engine = load_engine(cases[0])
+    engine = load_engine(cases[0], advance)
     for case in cases:
         advance(case.name)
         yield audit_case(engine, replace(case, device=engine.provenance["device"]))

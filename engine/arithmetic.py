@@ -31,10 +31,13 @@ from engine.device import Device
 Claims = dict[str, str]
 
 
-def arithmetic(device: Device, dtype: str, config: Config, *, packed_experts: bool) -> dict[str, Claims]:
+def arithmetic(
+    device: Device, dtype: str, config: Config, *, packed_experts: bool, host_kernels: bool = False
+) -> dict[str, Claims]:
     """Claims by op for a run of `config` in `dtype` on `device`; ops that the model hasn't got are left out.
 
     `packed_experts` says whether any expert stack is affine-quantised: with experts from a GGUF file none is.
+    `host_kernels`: the routed experts are this engine's Metal kernels on the host executor.
     """
     table = _BACKENDS[device.name](dtype, config, device.detail)
     # Inputs are upcast, and a half number is exact in TF32 too, so only a float32 run can lose bits to it.
@@ -47,6 +50,8 @@ def arithmetic(device: Device, dtype: str, config: Config, *, packed_experts: bo
     table["logits"] = dict(table["linear"])
     if packed_experts:
         table["experts"] = dict(table["quantized_linear"])
+    if host_kernels:
+        table["experts"] = dict(_HOST_EXPERTS)
     if config.quantization is None:
         del table["quantized_linear"]
     elif not config.tie_word_embeddings:
@@ -143,6 +148,16 @@ def _cuda(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
         "attention": once | {"intermediate": "float32" if fused else "input"},
     }
 
+
+# engine/metal/kernels/moe.metal: mul_mm_id rounds weights and x to half, multiplies exactly and adds in float.
+# mul_mv_id rounds neither; each product's own rounding in float is less than what rounding its factors may do. The
+# result is float, rounded once to the run's dtype (engine/host_moe.py).
+_HOST_EXPERTS: Claims = {
+    "operand": "float16",
+    "accumulate": "float32",
+    "intermediate": "float32",
+    "output": "input",
+}
 
 # By bits: how many products apart those are that one thread adds up. A warp's 32 threads take 16 or 8 each in a row.
 _PRODUCTS_APART = {2: 512, 3: 512, 4: 512, 6: 256}

@@ -2,7 +2,8 @@
 
 A tensor that is missing, left over, mis-shaped, of the wrong kind or non-finite stops the load with its name. Floating
 weights are rounded once (to nearest even) to the run's dtype; the router's correction bias stays float32; packed affine
-weights stay packed. Experts may come from experts.gguf, dequantised in float32 by `kquants` and then rounded.
+weights stay packed. Experts may come from experts.gguf, dequantised in float32 by `kquants` and then rounded, or kept
+as the blocks that they are, for kernels that read those.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ import numpy as np
 from engine import kquants
 from engine.config import Config, Quantization
 from engine.errors import CheckpointError
+from engine.metal import table
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,11 +41,28 @@ class Weight:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Blocks:
+    """An expert stack as the GGUF file has it: its format, by ggml's name, and blocks (E, out, bytes) uint8."""
+
+    kind: str
+    data: Array
+
+    def values(self, dtype: str) -> Array:
+        """(E, out, in): the values of the blocks in float32, rounded to `dtype`."""
+        with np.errstate(over="ignore"):
+            return kquants.dequantize(self.data, self.kind).astype(dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """Tensors under their names, ready for the model, and which expert projections are affine-quantised."""
+    """Tensors under their names, ready for the model, and which expert projections are affine-quantised.
+
+    `blocks` are the expert stacks that were kept as such, under the checkpoint's names; they are in no other part.
+    """
 
     tensors: Mapping[str, mx.array]
     experts: Mapping[int, tuple[Quantization | None, Quantization | None, Quantization | None]]
+    blocks: Mapping[str, Blocks]
 
 
 def expected_weights(config: Config) -> dict[str, Weight]:
@@ -85,12 +106,17 @@ def _layer_weights(config: Config) -> dict[str, Weight]:
     return weights
 
 
-def load_checkpoint(folder: Path, config: Config, dtype: mx.Dtype) -> Checkpoint:
-    """The tensors of `folder` in `dtype`; raises CheckpointError naming the first tensor or file that is wrong."""
+def load_checkpoint(folder: Path, config: Config, dtype: mx.Dtype, *, keep_blocks: bool = False) -> Checkpoint:
+    """The tensors of `folder` in `dtype`; raises CheckpointError naming the first tensor or file that is wrong.
+
+    With `keep_blocks` every expert stack must be in a block format that the kernels read, and stays in it.
+    """
     found = _safetensors(folder)
     experts: dict[int, tuple[Quantization | None, Quantization | None, Quantization | None]] = {}
     weights = expected_weights(config)
-    dense = _gguf_experts(folder, weights)
+    stacks = _gguf_experts(folder, weights)
+    blocks = _readable(folder, weights, stacks) if keep_blocks else {}
+    dense = {name: _values(stack) for name, stack in stacks.items()}
     for name in dense:
         weights[name] = Weight(shape=weights[name].shape)
     tensors: dict[str, mx.array] = {}
@@ -99,7 +125,9 @@ def load_checkpoint(folder: Path, config: Config, dtype: mx.Dtype) -> Checkpoint
             clash = next((key for key in _parts(name) if key in found), None)
             if clash is not None:
                 raise CheckpointError(f"{folder}: {clash} is in both the safetensors and {GGUF}; keep one")
-            tensors[name] = _finite(mx.array(dense[name]).astype(dtype), name, folder / GGUF)
+            tensor = _finite(mx.array(dense.pop(name)).astype(dtype), name, folder / GGUF)
+            if name not in blocks:
+                tensors[name] = tensor
         elif weight.quantization is None:
             tensors[name] = _dense(found, name, weight, dtype, folder)
         else:
@@ -113,7 +141,23 @@ def load_checkpoint(folder: Path, config: Config, dtype: mx.Dtype) -> Checkpoint
         prefix = f"model.layers.{i}.mlp.experts"
         gate, up, down = (weights[f"{prefix}.{p}_proj.weight"].quantization for p in PROJECTIONS)
         experts[i] = gate, up, down
-    return Checkpoint(tensors=tensors, experts=experts)
+    return Checkpoint(tensors=tensors, experts=experts, blocks=blocks)
+
+
+def _readable(folder: Path, weights: Mapping[str, Weight], stacks: Mapping[str, Blocks]) -> dict[str, Blocks]:
+    """The expert stacks as blocks; CheckpointError for one that no kernel reads."""
+    formats = ", ".join(table.FORMATS)
+    for name in (name for name in weights if ".mlp.experts." in name):
+        kind = stacks[name].kind if name in stacks else "not in blocks"
+        if kind not in table.FORMATS:
+            raise CheckpointError(f"{folder}: {name} is {kind}; the kernels read experts in {GGUF} as {formats}")
+    return dict(stacks)
+
+
+def _values(stack: Blocks) -> Array:
+    """(E, out, in) float32."""
+    with np.errstate(invalid="ignore", over="ignore"):  # What isn't finite is refused by name.
+        return stack.data.astype(np.float32) if stack.kind in ("F16", "F32") else stack.values("float32")
 
 
 def _parts(name: str) -> tuple[str, str, str]:
@@ -207,12 +251,13 @@ def _read_shard(path: Path) -> dict[str, mx.array]:
     return tensors
 
 
-def _gguf_experts(folder: Path, weights: Mapping[str, Weight]) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
-    """Expert stacks of experts.gguf as float32 [E, out, in] under the checkpoint's names; empty without that file."""
+def _gguf_experts(folder: Path, weights: Mapping[str, Weight]) -> dict[str, Blocks]:
+    """Expert stacks of experts.gguf under the checkpoint's names; empty without that file. F16 and F32 are [E, out, in]
+    numbers, everything else blocks."""
     path = folder / GGUF
     if not path.exists():
         return {}
-    stacks: dict[str, np.ndarray[Any, np.dtype[Any]]] = {}
+    stacks: dict[str, Blocks] = {}
     for gguf_name, kind, shape, data in _gguf_tensors(path):
         name = _expert_name(gguf_name)
         if name is None or name not in weights:
@@ -222,16 +267,15 @@ def _gguf_experts(folder: Path, weights: Mapping[str, Weight]) -> dict[str, np.n
         if shape != weights[name].shape:
             expected = list(weights[name].shape)
             raise CheckpointError(f"{path}: {gguf_name} has shape {list(shape)}; {expected} is expected")
-        try:
-            with np.errstate(invalid="ignore", over="ignore"):  # What isn't finite is refused below, by name.
-                dense = data.astype(np.float32) if kind in ("F16", "F32") else kquants.dequantize(data, kind)
-        except ValueError as error:
-            raise CheckpointError(f"{path}: {gguf_name}: {error}") from None
-        stacks[name] = dense.reshape(shape)
+        if kind not in ("F16", "F32", *kquants.FORMATS):
+            raise CheckpointError(
+                f"{path}: {gguf_name}: {kind} blocks can't be read; one of {', '.join(kquants.FORMATS)} is expected"
+            )
+        stacks[name] = Blocks(kind=kind, data=np.array(data).reshape(*shape[:-1], -1))
     return stacks
 
 
-def _gguf_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]]:
+def _gguf_tensors(path: Path) -> Iterator[tuple[str, str, tuple[int, ...], Array]]:
     """Name, block format, shape (outermost axis first) and raw data of each tensor of a GGUF file."""
     from gguf import GGUFReader
 

@@ -6,7 +6,7 @@ caches and, with a tap, the probes. Runs are independent: each starts with empty
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,51 +16,104 @@ import numpy as np
 
 from engine.arithmetic import arithmetic
 from engine.cache import Cache, make_cache
-from engine.checkpoint import load_checkpoint
+from engine.checkpoint import Blocks, load_checkpoint
 from engine.config import DTYPES, Config, read_config
 from engine.device import Device, select
+from engine.errors import DeviceError
 from engine.layers import has_packed_experts, widen
+from engine.metal.table import RHS
 from engine.model import Decoder
 from engine.module import parameters
 from engine.probes import Array, Step, Tap, to_numpy
 
 # Tokens of a prefill chunk when the caller names no size.
 CHUNK = 512
+# Whose kernels compute the routed experts: MLX's, or this engine's Metal kernels on the host executor.
+KERNELS = ("mlx", "host")
+# What was launched: kernel names, each once and in the order of first use, by the probe that they compute.
+Launched = dict[str, list[str]]
 
 
-def load(folder: str | Path, *, dtype: str | None = None, device: str = "auto") -> Engine:
+def load(folder: str | Path, *, dtype: str | None = None, device: str = "auto", kernels: str = "mlx") -> Engine:
     """The checkpoint in `folder` as an Engine that computes in `dtype` (None: the config's torch_dtype) on `device`.
 
-    Raises CheckpointError for a folder that isn't exactly what its config.json says, DeviceError for an absent device.
+    kernels: "mlx", or "host" for routed experts by the engine's own Metal kernels on the host executor: on the CPU, in
+    float32 or float16, of a checkpoint whose experts are blocks in a GGUF file. Raises CheckpointError for a folder
+    that isn't exactly what its config.json says, DeviceError for an absent device, ValueError for what has no kernels.
     """
-    chosen = select(device)
+    if kernels not in KERNELS:
+        raise ValueError(f"kernels is {kernels!r}; one of {', '.join(KERNELS)} is expected")
+    host = kernels == "host"
+    if host and device not in ("auto", "cpu"):
+        raise DeviceError(
+            f"device {device!r}: the host's kernels run on the CPU; ask for device cpu, or for kernels mlx"
+        )
+    chosen = select("cpu" if host else device)
     folder = Path(folder)
     config = read_config(folder)
     dtype = config.torch_dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is expected")
+    if host and dtype not in RHS:
+        raise ValueError(f"dtype is {dtype!r}; the host's kernels multiply {' and '.join(RHS)}, kernels mlx any")
+    launched: Launched = {}
     with mx.stream(chosen.handle):
-        checkpoint = load_checkpoint(folder, config, getattr(mx, dtype))
+        checkpoint = load_checkpoint(folder, config, getattr(mx, dtype), keep_blocks=host)
         model = Decoder(config, checkpoint.experts)
+        if host:
+            _install(model, config, checkpoint.blocks, launched)
         model.load_weights(list(checkpoint.tensors.items()))
         if chosen.name == "cpu":
             widen(model)
         mx.eval(parameters(model))
-    return Engine(model, config, dtype=dtype, device=chosen)
+    return Engine(model, config, dtype=dtype, device=chosen, blocks=checkpoint.blocks, launched=launched)
+
+
+def _install(model: Decoder, config: Config, blocks: Mapping[str, Blocks], launched: Launched) -> None:
+    # Imported here: it needs the pinned C++ compiler, and who asks for MLX's kernels doesn't.
+    from engine.host_moe import install
+
+    def note(probe: str, kernel: str) -> None:
+        names = launched.setdefault(probe, [])
+        if kernel not in names:
+            names.append(kernel)
+
+    install(model, config, blocks, note)
 
 
 class Engine:
-    """A loaded model on one device; `run` and `generate` leave no state behind."""
+    """A loaded model on one device; `run` and `generate` leave nothing behind but the names in `kernels`.
 
-    def __init__(self, model: Decoder, config: Config, *, dtype: str, device: Device) -> None:
+    `blocks` are the expert stacks that are kept as blocks, by tensor name, and `launched` is where their kernels are
+    noted: both empty unless the routed experts are the host executor's.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        config: Config,
+        *,
+        dtype: str,
+        device: Device,
+        blocks: Mapping[str, Blocks] | None = None,
+        launched: Launched | None = None,
+    ) -> None:
         self.model = model
         self.config = config
         self.dtype = dtype
         self.device = device
+        self.blocks = blocks or {}
+        self._launched = {} if launched is None else launched
+
+    @property
+    def kernels(self) -> dict[str, list[str]]:
+        """The engine's own kernels that the last run launched, by the probe that they computed; none with MLX's."""
+        return {probe: list(names) for probe, names in self._launched.items()}
 
     @property
     def provenance(self) -> dict[str, Any]:
-        """Which engine, version, device and dtype, and the arithmetic that each op is done in on that device."""
+        """Which engine, version, device and dtype, the arithmetic that each op is done in on that device, and the
+        `kernels` of the last run."""
         return {
             "engine": "mlx",
             "version": version("mlx"),
@@ -68,8 +121,13 @@ class Engine:
             "device_info": self.device.detail,
             "dtype": self.dtype,
             "arithmetic": arithmetic(
-                self.device, self.dtype, self.config, packed_experts=has_packed_experts(self.model)
+                self.device,
+                self.dtype,
+                self.config,
+                packed_experts=has_packed_experts(self.model),
+                host_kernels=bool(self.blocks),
             ),
+            "kernels": self.kernels,
         }
 
     def run(self, tokens: Sequence[int], *, tap: Tap | None = None, chunk: int | None = None, decode: int = 0) -> None:
@@ -83,6 +141,7 @@ class Engine:
         if not 0 <= decode <= len(ids):
             raise ValueError(f"decode is {decode}; 0 to {len(ids)} (the number of tokens) is expected")
         caches = self._caches()
+        self._launched.clear()
         prefill = len(ids) - decode
         for step in _chunks(ids[:prefill], chunk):
             self._step(step, caches, tap)
@@ -107,6 +166,7 @@ class Engine:
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; at least 1 is expected")
         caches = self._caches()
+        self._launched.clear()
         token = -1
         for step in _chunks(ids, chunk):
             token = self._step(step, caches, tap)
@@ -122,9 +182,12 @@ class Engine:
         """The parameters exactly as held, under the checkpoint's names: affine weights as codes, scales and biases.
 
         In the run's dtype, but for the correction bias and what `engine.layers.widen` keeps in float32 on the CPU.
+        Stacks held as blocks are given as the values of the blocks.
         """
         for name, x in parameters(self.model).items():
             yield name, to_numpy(x)
+        for name, stack in self.blocks.items():
+            yield name, stack.values(self.dtype)
 
     def _step(self, tokens: Sequence[int], caches: list[Cache], tap: Tap | None) -> int:
         """Feed `tokens` (L) at once; the greedy next token. One evaluation, then the probes go to the tap."""

@@ -1,13 +1,15 @@
-"""Dequantisers of llama.cpp's block formats, in NumPy: Q8_0 and the K-quants Q2_K to Q6_K.
+"""Dequantisers of llama.cpp's block formats, in NumPy: Q8_0, the K-quants Q2_K to Q6_K, and IQ2_XXS.
 
 A row is a whole number of blocks: 32 elements for Q8_0, a super-block of 256 for the rest. In a super-block d (and
 dmin) are float16, each run of 16 or 32 elements has a small integer scale (and min), and an element is d·scale·q or
 d·scale·q − dmin·min. Layouts: ggml-common.h of llama.cpp. d·scale·q has 11 + 6 + 5 significant bits at most, so only
-the subtraction rounds.
+the subtraction rounds. IQ2_XXS takes eight values at a time from a grid of 256 points, which is a part of the format:
+the table is the `gguf` package's, the decoding of ids, signs and scales is not.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,6 +106,30 @@ def _q6_k(b: Array) -> Array:
     return _values(_f16(b, 208), scale, q)
 
 
+@functools.cache
+def _grid() -> Array:
+    """(256, 8) float32: the points of IQ2_XXS, coordinates 8, 25 and 43."""
+    from gguf.quants import IQ2_XXS
+
+    IQ2_XXS.init_grid()  # type: ignore[no-untyped-call]
+    assert IQ2_XXS.grid is not None
+    return np.ascontiguousarray(IQ2_XXS.grid.reshape(256, 8).astype(np.float32))
+
+
+def _iq2_xxs(b: Array) -> Array:
+    """d, then 8 groups of 8 bytes: four point ids, and a word of four times 7 signs and, on top, a scale of 4 bits.
+
+    The eighth sign of a point makes the number of minus signs even. A group's step is d·(scale + ½)/4.
+    """
+    groups = b[:, 2:66].reshape(-1, 8, 8)
+    word = np.ascontiguousarray(groups[..., 4:]).view("<u4")
+    minus = (word[..., None] >> np.array([0, 7, 14, 21], np.uint32)[:, None] >> np.arange(7, dtype=np.uint32)) & 1
+    minus = np.concatenate([minus, minus.sum(axis=-1, keepdims=True) & 1], axis=-1)
+    step = _f16(b, 0) * (np.float32(0.5) + (word >> 28).astype(np.float32)) * np.float32(0.25)
+    values: Array = step[..., None] * _grid()[groups[..., :4]]
+    return np.where(minus == 1, -values, values)
+
+
 # Bytes of a block and its decoder, by ggml's name.
 FORMATS: dict[str, tuple[int, Callable[[Array], Array]]] = {
     "Q8_0": (34, _q8_0),
@@ -112,4 +138,5 @@ FORMATS: dict[str, tuple[int, Callable[[Array], Array]]] = {
     "Q4_K": (144, _q4_k),
     "Q5_K": (176, _q5_k),
     "Q6_K": (210, _q6_k),
+    "IQ2_XXS": (66, _iq2_xxs),
 }

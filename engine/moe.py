@@ -114,7 +114,7 @@ class MoE(Module):
 
     def __call__(self, x: mx.array, probe: Probe | None = None) -> mx.array:
         logits = self.gate(x)
-        ids, weights = route(logits, self.gate.get("e_score_correction_bias"), self._config)
+        ids, weights = self.choose(logits)
         if probe is not None:
             probe("router_logits", logits)
             probe("experts", ids)
@@ -125,6 +125,10 @@ class MoE(Module):
         if probe is not None:
             probe("output", output)
         return output
+
+    def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """(B, L, E) float32 logits → (B, L, K) int32 expert ids and float32 weights, best first."""
+        return route(logits, self.gate.get("e_score_correction_bias"), self._config)
 
 
 def combine(down: mx.array, weights: mx.array, shared: mx.array | None) -> mx.array:

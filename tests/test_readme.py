@@ -26,7 +26,7 @@ def copied_goldens(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copy(cases.TRACES_FOLDER / "float16.h5", folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(golden_jobs, "TRACES_FOLDER", folder)
-        patch.setattr(golden_jobs, "GOLDEN_DTYPES", ("float16",))
+        patch.setattr(golden_jobs, "GOLDENS", {"float16": golden_jobs.GOLDENS["float16"]})
         patch.setattr(cases, "DEFAULT_TASKS", ("close",))
         sweep = moe_matmul.cases
         patch.setattr(moe_matmul, "cases", lambda specs, **options: list(sweep(specs[6:7], **options))[:4])

@@ -101,6 +101,13 @@ def test_a_failure_exits_1_names_the_place_and_prints_its_replay(assay, model: P
         (["golden", "regenerate", "--dtype", "float32"], "--tokens"),
         (["run", "--golden", "g.h5", "--seed", "3"], "leave out --seed"),
         (["run", "--golden", "g.h5", "--dtype", "float16"], "leave out --dtype"),
+        (["run", "--golden", "g.h5", "--experts", "q4_k", "--kernels", "host"], "leave out --experts, --kernels"),
+        (["run", "--experts", "q5_k", "--tokens", "1"], "one of (none), q8_0, q4_k, q2_k, iq2_xxs"),
+        (["run", "--kernels", "cuda", "--tokens", "1"], "one of mlx, host"),
+        (["run", "--kernels", "host", "--tokens", "1"], "not in blocks"),
+        (["run", "--kernels", "host", "--device", "metal", "--tokens", "1"], "run on the CPU"),
+        (["run", "--kernels", "host", "--dtype", "bfloat16", "--tokens", "1"], "float32 and float16"),
+        (["golden", "regenerate", "--kernels", "host"], "--tokens"),
         (["run", "--tokens", ""], "--tokens"),
         (["run", "--tokens", "1,2", "--decode", "3"], "decode is 3"),
         (["run", "--tokens", "1", "--json", "nowhere/x.json"], "--json"),
@@ -119,6 +126,31 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(assay, model: Path, argumen
     assert len(lines) == 1, err
     assert lines[0].startswith("assay: ")
     assert told in lines[0]
+
+
+def test_which_kernels_ran_is_printed_stored_and_repeated(assay, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr("audits.quantized.cache_folder", lambda: tmp_path / "cache")
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256}
+    model, golden, report = make_checkpoint(tmp_path / "model", **sizes), tmp_path / "g.h5", tmp_path / "r.json"
+    ours = ["--tokens", TOKENS, "--model", model, "--experts", "q8_0", "--kernels", "host"]
+    code, out, err = assay("run", *ours, "--json", report)
+    assert code == 0, out + err
+    assert "quantising experts to q8_0" in err
+    told = (
+        "kernels of layers 0, 1: experts kernel_router; gate, up, down kernel_mul_mm_id_map"
+        " + kernel_mul_mm_id_q8_0_f32_n32 + kernel_mul_mv_id_q8_0_f32; act kernel_swiglu_f32"
+    )
+    assert told in out
+    (run,) = json.loads(report.read_text())["runs"]
+    assert run["engine"]["kernels"]["layers.1.moe.experts"] == ["kernel_router"]
+    assert run["case"]["options"]["experts"] == "q8_0"
+
+    assert assay("golden", "regenerate", golden, *ours)[0] == 0
+    assert assay("golden", "accept", golden)[0] == 0
+    code, out, err = assay("golden", "verify", golden)
+    assert code == 0, out + err
+    assert told in out
+    assert "quantising" not in err
 
 
 def test_short_prompts_need_no_options(assay, model: Path) -> None:

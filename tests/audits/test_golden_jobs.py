@@ -8,7 +8,8 @@ import pytest
 
 from audits import golden_jobs
 from audits.cases import SHIPPED_FOLDER, TRACES_FOLDER, Case
-from audits.golden_jobs import default_golden_paths, diff, golden_cases, regenerate, verify
+from audits.golden_jobs import GOLDENS, default_golden_paths, diff, golden_cases, regenerate, verify
+from audits.quantized import STACK
 from goldens import store, workflow
 from goldens.errors import GoldenError
 from goldens.fingerprint import changes_since_published, fingerprint
@@ -90,10 +91,19 @@ def test_pending_goldens_are_asked_for_by_name(tmp_path: Path) -> None:
 def test_the_committed_goldens_belong_to_the_shipped_model_and_stay_small() -> None:
     found = fingerprint(SHIPPED_FOLDER)
     assert changes_since_published(SHIPPED_FOLDER, found) == []
-    for path in default_golden_paths():
+    for path, options in zip(default_golden_paths(), GOLDENS.values(), strict=True):
         with store.open(path) as golden:
-            assert golden.provenance["model_hash"] == found.model_hash
-            assert golden.provenance["dtype"] == path.stem
-            assert len(golden.trace.tokens) > found.config["sliding_window"], "the window must wrap"
+            told = golden.provenance
+            assert told["dtype"] == options["dtype"]
+            assert [case.name for case in golden_cases(path)] == [options["task"]]
+            if experts := options.get("experts"):
+                dense = {name: tensor for name, tensor in found.tensor_hashes.items() if STACK not in name}
+                assert {name: told["tensor_hashes"].get(name) for name in dense} == dense
+                assert told["model"] == f"shipped+{experts}"
+                assert told["config"] == found.config
+                assert all("kernel_mul_mm_id_q4_K_f32_n32" in told["kernels"][f"layers.{i}.moe.up"] for i in range(4))
+            else:
+                assert told["model_hash"] == found.model_hash
+                assert len(golden.trace.tokens) > found.config["sliding_window"], "the window must wrap"
     assert sum(path.stat().st_size for path in TRACES_FOLDER.glob("*.h5")) < 20e6
     assert (SHIPPED_FOLDER / "model.safetensors").stat().st_size < 32e6

@@ -51,6 +51,7 @@ BLOCKS = {
     "Q4_K": (256, 144, (0, 2)),
     "Q5_K": (256, 176, (0, 2)),
     "Q6_K": (256, 210, (208,)),
+    "IQ2_XXS": (256, 66, (0,)),
 }
 
 
@@ -68,8 +69,8 @@ def make_checkpoint(
 
     `config` overrides keys of CONFIG (layer_types is cut or repeated to num_hidden_layers unless given). `stored` is
     the dtype of floating tensors in the file, `shards` the number of files, `gguf` the block format of experts.gguf
-    (Q8_0, Q2_K … Q6_K, F16, F32; None: experts in the safetensors). `edit(tensors)` may change the tensors before
-    they are saved.
+    (Q8_0, Q2_K … Q6_K, IQ2_XXS, F16, F32; None: experts in the safetensors). `edit(tensors)` may change the tensors
+    before they are saved.
     """
     merged = CONFIG | config
     if "layer_types" not in config:

@@ -117,7 +117,8 @@ def integers(a: int, b: int, c: int, bits: int, signed: bool) -> list[int]:
     return [
         u.bit_count(), bits - u.bit_length(), trailing, int(f"{u:0{bits}b}"[::-1], 2),
         (u << turn | u >> (bits - turn)) & mask, (a * b) >> bits, saturate(a + b), saturate(a - b),
-        (a + b) >> 1, (a + b + 1) >> 1, ((a * b) >> bits) + c, saturate(a * b + c), abs(a - b), field - 16 if signed and field & 8 else field,
+        (a + b) >> 1, (a + b + 1) >> 1, ((a * b) >> bits) + c, saturate(a * b + c), abs(a - b),
+        field - 16 if signed and field & 8 else field,
         (u & ~(31 << 2)) | (b & 31) << 2, min(max(a, -5 if signed else (-5 & mask)), 9),
     ]  # fmt: skip
 

@@ -1,6 +1,7 @@
 // metal_atomic: atomic<T> over the compiler's atomic builtins. Every memory order is at least what was asked for.
 //
-// Only compare-exchange is used for what the hardware of the host lacks (floating-point sums, minima, maxima), so that checked builds see it.
+// Only compare-exchange is used for what the hardware of the host lacks (floating-point sums, minima, maxima), so
+// that checked builds see it.
 #pragma once
 
 #include "barrier.h"

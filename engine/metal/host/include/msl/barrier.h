@@ -24,7 +24,10 @@ constexpr mem_flags operator|(mem_flags a, mem_flags b) { return mem_flags(uint(
 constexpr mem_flags operator&(mem_flags a, mem_flags b) { return mem_flags(uint(a) & uint(b)); }
 constexpr mem_flags& operator|=(mem_flags& a, mem_flags b) { return a = a | b; }
 
-enum thread_scope { thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup, thread_scope_device, thread_scope_system };
+enum thread_scope {
+  thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup,
+  thread_scope_device, thread_scope_system
+};
 enum class memory_scope { memory_scope_simdgroup, memory_scope_threadgroup, memory_scope_device };
 
 METAL_FUNC void threadgroup_barrier(mem_flags flags) { rt::threadgroup_barrier(uint(flags)); }

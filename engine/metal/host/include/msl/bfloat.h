@@ -1,8 +1,9 @@
 // bfloat: the upper 16 bits of a float, rounded to nearest even after every operation.
 //
-// A class and not the compiler's __bf16, because hardware conversions (AVX512-BF16) flush subnormals and excess precision
-// would keep intermediate results in float. Conversions follow MSL: bfloat becomes float implicitly, float and half become bfloat
-// only when asked to (or when assigned). `condition ? bfloat : float` is therefore a float, as in MSL.
+// A class and not the compiler's __bf16, because hardware conversions (AVX512-BF16) flush subnormals and excess
+// precision would keep intermediate results in float. Conversions follow MSL: bfloat becomes float implicitly, float
+// and half become bfloat only when asked to (or when assigned). `condition ? bfloat : float` is therefore a float, as
+// in MSL.
 #pragma once
 
 #include "traits.h"

@@ -1,5 +1,5 @@
-// The __metal_* builtins under Apple's headers that kernels call themselves (MLX does, to give bfloat its math functions):
-// each is the function without the prefix, its last argument (fast or precise) ignored.
+// The __metal_* builtins under Apple's headers that kernels call themselves (MLX does, to give bfloat its math
+// functions): each is the function without the prefix, its last argument (fast or precise) ignored.
 #pragma once
 
 #include "math.h"

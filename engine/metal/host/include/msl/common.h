@@ -1,7 +1,9 @@
-// metal_common, and what works on integers and floating-point values alike: abs, min, max, clamp, mix, step, smoothstep, sign …
+// metal_common, and what works on integers and floating-point values alike: abs, min, max, clamp, mix, step,
+// smoothstep, sign …
 //
-// The minimum and maximum of floating-point values ignore a NaN, as fmin and fmax do. Every function exists in metal::fast and
-// metal::precise as well; the fast ones are exact here (their ranges and errors on a GPU are not modelled).
+// The minimum and maximum of floating-point values ignore a NaN, as fmin and fmax do. Every function exists in
+// metal::fast and metal::precise as well; the fast ones are exact here (their ranges and errors on a GPU are not
+// modelled).
 #pragma once
 
 #include "relational.h"

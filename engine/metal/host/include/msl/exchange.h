@@ -35,7 +35,8 @@ METAL_FUNC rt::Lanes deposit(const T& value, rt::Op op) {
   return rt::exchange(&value, sizeof(T), op);
 }
 
-// The value of `lane`; of the calling lane where `lane` is outside the simdgroup. Reading a lane that took no part is reported.
+// The value of `lane`; of the calling lane where `lane` is outside the simdgroup. Reading a lane that took no part is
+// reported.
 template <class T>
 METAL_FUNC T read_lane(const rt::Lanes& lanes, unsigned lane, const T& own, rt::Op op) {
   if (lane >= unsigned(simd_lanes)) return own;

@@ -1,5 +1,5 @@
-// metal_geometric: dot, length, cross … of floating-point vectors. Sums run from the first component to the last in the element
-// type, rounding after each step; Apple does not document the order.
+// metal_geometric: dot, length, cross … of floating-point vectors. Sums run from the first component to the last in
+// the element type, rounding after each step; Apple does not document the order.
 #pragma once
 
 #include "math.h"

@@ -1,4 +1,5 @@
-// metal_integer: bit counting, wide and saturating arithmetic, rotation, bit fields, for every integer type and its vectors.
+// metal_integer: bit counting, wide and saturating arithmetic, rotation, bit fields, for every integer type and its
+// vectors.
 #pragma once
 
 #include "common.h"

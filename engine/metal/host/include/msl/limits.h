@@ -35,7 +35,8 @@ struct numeric_limits {
 
 namespace detail {
 
-// Digits: significand bits with the implicit one; Exponent: the largest, as <float.h> counts it (0.5 <= significand < 1).
+// Digits: significand bits with the implicit one; Exponent: the largest, as <float.h> counts it (0.5 <= significand <
+// 1).
 template <class T, class Bits, int Digits, int Exponent>
 struct float_limits {
   static constexpr bool is_specialized = true, is_signed = true, is_integer = false, is_exact = false;

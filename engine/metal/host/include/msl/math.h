@@ -1,7 +1,7 @@
 // metal_math for float, half, bfloat and their vectors, over the host's libm through compiler builtins.
 //
-// metal::fast and metal::precise are the same functions: exact to libm's rounding. What a GPU's fast functions do to overflow,
-// subnormals and the ends of their ranges does not show here.
+// metal::fast and metal::precise are the same functions: exact to libm's rounding. What a GPU's fast functions do to
+// overflow, subnormals and the ends of their ranges does not show here.
 #pragma once
 
 #include "common.h"

@@ -1,4 +1,5 @@
-// metal_relational: classification, select, any and all. Classification looks at bits, so no compiler flag can fold it away.
+// metal_relational: classification, select, any and all. Classification looks at bits, so no compiler flag can fold
+// it away.
 #pragma once
 
 #include "limits.h"

@@ -1,6 +1,7 @@
 // Functions that move values between the lanes of a simdgroup.
 //
-// A source outside the simdgroup (shuffle_up at the lower lanes, shuffle_down at the upper ones) gives the lane its own value back.
+// A source outside the simdgroup (shuffle_up at the lower lanes, shuffle_down at the upper ones) gives the lane its
+// own value back.
 #pragma once
 
 #include "simdgroup.h"
@@ -14,7 +15,8 @@ METAL_FUNC T shuffled(const T& value, unsigned source, rt::Op op) {
   return read_lane(lanes, source, value, op);
 }
 
-// Both values are deposited as a pair, because the filling data come from the lane that the data would have come from, modulo.
+// Both values are deposited as a pair, because the filling data come from the lane that the data would have come
+// from, modulo.
 template <class T> struct filled { T data, filling; };
 
 template <class T>
@@ -30,15 +32,25 @@ METAL_FUNC T shuffled_and_filled(const T& data, const T& filling, int source, un
 }  // namespace detail
 
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_shuffle(T value, ushort lane) { return detail::shuffled(V(value), lane, rt::op_shuffle); }
+METAL_FUNC V simd_shuffle(T value, ushort lane) {
+  return detail::shuffled(V(value), lane, rt::op_shuffle);
+}
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_broadcast(T value, ushort lane) { return detail::shuffled(V(value), lane, rt::op_broadcast); }
+METAL_FUNC V simd_broadcast(T value, ushort lane) {
+  return detail::shuffled(V(value), lane, rt::op_broadcast);
+}
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_shuffle_xor(T value, ushort mask) { return detail::shuffled(V(value), detail::this_lane() ^ mask, rt::op_shuffle); }
+METAL_FUNC V simd_shuffle_xor(T value, ushort mask) {
+  return detail::shuffled(V(value), detail::this_lane() ^ mask, rt::op_shuffle);
+}
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_shuffle_up(T value, ushort delta) { return detail::shuffled(V(value), detail::this_lane() - delta, rt::op_shuffle); }
+METAL_FUNC V simd_shuffle_up(T value, ushort delta) {
+  return detail::shuffled(V(value), detail::this_lane() - delta, rt::op_shuffle);
+}
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_shuffle_down(T value, ushort delta) { return detail::shuffled(V(value), detail::this_lane() + delta, rt::op_shuffle); }
+METAL_FUNC V simd_shuffle_down(T value, ushort delta) {
+  return detail::shuffled(V(value), detail::this_lane() + delta, rt::op_shuffle);
+}
 template <class T, class V = detail::simd_t<T>>
 METAL_FUNC V simd_shuffle_rotate_up(T value, ushort delta) {
   return detail::shuffled(V(value), (detail::this_lane() - delta) % detail::simd_lanes, rt::op_shuffle);
@@ -48,12 +60,14 @@ METAL_FUNC V simd_shuffle_rotate_down(T value, ushort delta) {
   return detail::shuffled(V(value), (detail::this_lane() + delta) % detail::simd_lanes, rt::op_shuffle);
 }
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_shuffle_and_fill_up(T data, detail::identity_t<detail::simd_t<T>> filling, ushort delta, ushort modulo = detail::simd_lanes) {
+METAL_FUNC V simd_shuffle_and_fill_up(T data, detail::identity_t<detail::simd_t<T>> filling, ushort delta,
+                                      ushort modulo = detail::simd_lanes) {
   const unsigned lane = detail::this_lane();
   return detail::shuffled_and_filled(V(data), V(filling), static_cast<int>(lane) - delta, modulo, lane);
 }
 template <class T, class V = detail::simd_t<T>>
-METAL_FUNC V simd_shuffle_and_fill_down(T data, detail::identity_t<detail::simd_t<T>> filling, ushort delta, ushort modulo = detail::simd_lanes) {
+METAL_FUNC V simd_shuffle_and_fill_down(T data, detail::identity_t<detail::simd_t<T>> filling, ushort delta,
+                                        ushort modulo = detail::simd_lanes) {
   const unsigned lane = detail::this_lane();
   return detail::shuffled_and_filled(V(data), V(filling), static_cast<int>(lane) + delta, modulo, lane);
 }

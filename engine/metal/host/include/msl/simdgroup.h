@@ -1,7 +1,8 @@
 // Reductions, prefixes and votes over a simdgroup of 32 lanes.
 //
-// A reduction folds the upper half of the lanes onto the lower one, five times (32, 16, 8, 4, 2), lanes that take no part counting as the
-// operation's identity; each step rounds to the value's type. A prefix runs from lane 0 upwards. Apple documents neither order.
+// A reduction folds the upper half of the lanes onto the lower one, five times (32, 16, 8, 4, 2), lanes that take no
+// part counting as the operation's identity; each step rounds to the value's type. A prefix runs from lane 0 upwards.
+// Apple documents neither order.
 #pragma once
 
 #include "exchange.h"

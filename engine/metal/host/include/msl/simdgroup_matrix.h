@@ -1,11 +1,12 @@
 // simdgroup_matrix<T, 8, 8>: a matrix that the 32 lanes of a simdgroup own together.
 //
-// Each lane constructs its own object by running the same code. Normally lane 0's object holds all 64 values and lane 0 alone loads,
-// multiplies and stores, the others skip: no rendezvous. Only thread_elements() spreads the values over the lanes, two each, in the layout that
-// MLX's mma.h relies on; an operation on operands that are all spread stays spread (one rendezvous, every lane computes its two results),
-// any other one first gathers what is spread into lane 0. Whether an object is gathered or spread is the same in every lane,
-// since lanes run these operations together. Values are kept as floats that T can represent: half and bfloat are exact in it.
-// Multiplication accumulates over k = 0 … 7 in order, rounding to the result's type after each step; Apple's order is not known.
+// Each lane constructs its own object by running the same code. Normally lane 0's object holds all 64 values and lane
+// 0 alone loads, multiplies and stores, the others skip: no rendezvous. Only thread_elements() spreads the values
+// over the lanes, two each, in the layout that MLX's mma.h relies on; an operation on operands that are all spread
+// stays spread (one rendezvous, every lane computes its two results), any other one first gathers what is spread into
+// lane 0. Whether an object is gathered or spread is the same in every lane, since lanes run these operations
+// together. Values are kept as floats that T can represent: half and bfloat are exact in it. Multiplication
+// accumulates over k = 0 … 7 in order, rounding to the result's type after each step; Apple's order is not known.
 #pragma once
 
 #include "shuffle.h"
@@ -47,8 +48,9 @@ inline void multiply_add(float* d, const float* a, const float* b, const float* 
   __builtin_memcpy(d, result, sizeof result);
 }
 
-// Where lane 0 leaves gathered values for the others to pick up: two areas a simdgroup in turn, since lanes that are still reading one have not
-// arrived at the exchange that the next but one needs. A host thread runs one threadgroup, of at most 32 simdgroups, at a time.
+// Where lane 0 leaves gathered values for the others to pick up: two areas a simdgroup in turn, since lanes that are
+// still reading one have not arrived at the exchange that the next but one needs. A host thread runs one threadgroup,
+// of at most 32 simdgroups, at a time.
 struct spreading { float values[2][64]; unsigned turn; };
 inline __thread spreading spread_areas[rt::kMaxThreads / rt::kSimdWidth];
 

@@ -1,9 +1,11 @@
-// Swizzles: v.zyx and v.bgr are members of the union that holds a vector's elements, so they can be read and assigned in place.
+// Swizzles: v.zyx and v.bgr are members of the union that holds a vector's elements, so they can be read and assigned
+// in place.
 //
-// A swizzle turns into the vec of its components wherever a value is wanted; functions of the shim take it as it is. What it is not is a vec: a
-// template parameter vec<T, N> of user code cannot be deduced from it, `c ? a.xy : b.zw` has no common type, and a.xyz.x is no
-// member: these fail to compile. (Compiler properties would be vecs, but clang rejects operators between two dependent ones.)
-// Repeated components (v.xx = w), which MSL rejects as a target, are not rejected here: the last one wins.
+// A swizzle turns into the vec of its components wherever a value is wanted; functions of the shim take it as it is.
+// What it is not is a vec: a template parameter vec<T, N> of user code cannot be deduced from it, `c ? a.xy : b.zw`
+// has no common type, and a.xyz.x is no member: these fail to compile. (Compiler properties would be vecs, but clang
+// rejects operators between two dependent ones.) Repeated components (v.xx = w), which MSL rejects as a target, are
+// not rejected here: the last one wins.
 #pragma once
 
 #include "bfloat.h"

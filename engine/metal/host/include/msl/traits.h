@@ -1,6 +1,6 @@
-// metal_type_traits: the compile-time predicates and transformations, over compiler builtins so that nothing of <type_traits>
-// comes along. half and bfloat count as floating-point types, as in MSL. Address spaces do not exist here, so
-// remove_addrspace is the identity.
+// metal_type_traits: the compile-time predicates and transformations, over compiler builtins so that nothing of
+// <type_traits> comes along. half and bfloat count as floating-point types, as in MSL. Address spaces do not exist
+// here, so remove_addrspace is the identity.
 #pragma once
 
 #include "scalars.h"

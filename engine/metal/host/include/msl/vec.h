@@ -1,8 +1,9 @@
-// vec<T, N> and packed_vec<T, N>: storage, constructors, indexing. Operators are in vec_ops.h, aliases in vec_types.h.
+// vec<T, N> and packed_vec<T, N>: storage, constructors, indexing. Operators are in vec_ops.h, aliases in
+// vec_types.h.
 //
-// Class templates, because clang's ext_vector_type knows neither float4(a, b, c, d) nor float4{xy, xy}. A vec of 3 has the
-// size and the alignment of one of 4, as in MSL; a packed_vec has those of its elements and turns into a vec by itself.
-// Conversion between element types is explicit, from a scalar implicit (it fills every component).
+// Class templates, because clang's ext_vector_type knows neither float4(a, b, c, d) nor float4{xy, xy}. A vec of 3
+// has the size and the alignment of one of 4, as in MSL; a packed_vec has those of its elements and turns into a vec
+// by itself. Conversion between element types is explicit, from a scalar implicit (it fills every component).
 #pragma once
 
 #include "swizzle.h"
@@ -10,7 +11,8 @@
 namespace metal {
 namespace detail {
 
-// The value type of an operand: a scalar itself, the vec for a vec, packed_vec or swizzle; and how many components it has.
+// The value type of an operand: a scalar itself, the vec for a vec, packed_vec or swizzle; and how many components it
+// has.
 template <class A> struct plain { static constexpr int width = 0; };
 template <class A> requires is_arithmetic_v<A> struct plain<A> { using type = A; static constexpr int width = 1; };
 template <class T, int N> struct plain<vec<T, N>> { using type = vec<T, N>; static constexpr int width = N; };
@@ -95,8 +97,9 @@ MSL_VEC(4, 4, MSL_LIST(x, y, z, w), MSL_LIST(r, g, b, a))
 
 namespace detail {
 
-// The type two operands meet in: of two scalars C++'s usual one (equal types stay as they are; half with bfloat is float,
-// an unsuffixed literal counts as float); with a vector, that vector's type. Absent where MSL has no such operation.
+// The type two operands meet in: of two scalars C++'s usual one (equal types stay as they are; half with bfloat is
+// float, an unsuffixed literal counts as float); with a vector, that vector's type. Absent where MSL has no such
+// operation.
 template <class A, class B> struct joined {};
 template <class A, class B> requires(is_arithmetic_v<A> && is_arithmetic_v<B>) struct joined<A, B> {
   static constexpr auto pick() {

@@ -1,5 +1,5 @@
-// The names of the vector types (float4, packed_half3 …), in namespace metal and outside it, where MSL has them as well,
-// their sizes and alignments as the MSL specification's tables give them, and as_type.
+// The names of the vector types (float4, packed_half3 …), in namespace metal and outside it, where MSL has them as
+// well, their sizes and alignments as the MSL specification's tables give them, and as_type.
 #pragma once
 
 #include "vec_ops.h"
