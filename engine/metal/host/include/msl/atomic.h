@@ -9,7 +9,9 @@
 
 namespace metal {
 
-enum memory_order { memory_order_relaxed, memory_order_acquire, memory_order_release, memory_order_acq_rel, memory_order_seq_cst };
+enum memory_order {
+  memory_order_relaxed, memory_order_acquire, memory_order_release, memory_order_acq_rel, memory_order_seq_cst
+};
 
 template <class T>
 struct atomic {
@@ -58,8 +60,8 @@ METAL_FUNC T atomic_exchange_explicit(volatile atomic<T>* object, detail::identi
 }
 // Compares bits, and fails only on a difference.
 template <class T>
-METAL_FUNC bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object, T* expected, detail::identity_t<T> desired,
-                                                      memory_order, memory_order) {
+METAL_FUNC bool atomic_compare_exchange_weak_explicit(volatile atomic<T>* object, T* expected,
+                                                      detail::identity_t<T> desired, memory_order, memory_order) {
   return __atomic_compare_exchange(&object->value, expected, &desired, false, detail::strongest, detail::strongest);
 }
 

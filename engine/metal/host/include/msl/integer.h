@@ -24,7 +24,9 @@ template <class T> constexpr T leading_zeros(T x) {
   using U = unsigned_t<T>;
   return x == 0 ? T(bits_in<T>) : T(__builtin_clzll(static_cast<U>(x)) - (64 - bits_in<T>));
 }
-template <class T> constexpr T trailing_zeros(T x) { return x == 0 ? T(bits_in<T>) : T(__builtin_ctzll(static_cast<unsigned_t<T>>(x))); }
+template <class T> constexpr T trailing_zeros(T x) {
+  return x == 0 ? T(bits_in<T>) : T(__builtin_ctzll(static_cast<unsigned_t<T>>(x)));
+}
 template <class T> constexpr T rotated(T x, T count) {
   using U = unsigned_t<T>;
   const unsigned n = static_cast<unsigned>(count) & (bits_in<T> - 1);

@@ -22,7 +22,9 @@ inline float sin_pi(float x) {
 inline float cos_pi(float x) {
   return static_cast<float>(__builtin_cos(__builtin_fmod(static_cast<double>(x), 2.0L) * pi_double));
 }
-inline float exp_10(float x) { return static_cast<float>(__builtin_pow(static_cast<double>(10.0f), static_cast<double>(x))); }
+inline float exp_10(float x) {
+  return static_cast<float>(__builtin_pow(static_cast<double>(10.0f), static_cast<double>(x)));
+}
 
 template <class V> constexpr auto& at(V& v, int i) {
   if constexpr (is_vec<V>) return v.e[i];
@@ -118,7 +120,7 @@ template <class A, class V = detail::float1_t<A>>
 inline V modf(const A& a, detail::identity_t<V>& whole) {
   whole = trunc(a);
   return detail::map<V>(
-      [](auto x, auto t) { return isinf(x) ? copysign(decltype(x)(0), x) : copysign(decltype(x)(x - t), x); }, V(a), whole);
+      [](auto x, auto t) { return copysign(isinf(x) ? decltype(x)(0) : decltype(x)(x - t), x); }, V(a), whole);
 }
 MSL_BOTH(modf)
 
@@ -139,7 +141,8 @@ MSL_BOTH(frexp)
 template <class A, class B, class V = detail::float1_t<A>>
 inline V ldexp(const A& a, const B& exponent) {
   using T = detail::element_t<V>;
-  return detail::map<V>([](T x, int e) { return static_cast<T>(__builtin_ldexpf(static_cast<float>(x), e)); }, V(a), exponent);
+  return detail::map<V>(
+      [](T x, int e) { return static_cast<T>(__builtin_ldexpf(static_cast<float>(x), e)); }, V(a), exponent);
 }
 MSL_BOTH(ldexp)
 

@@ -104,7 +104,9 @@ constexpr matrix<T, R, C> transpose(const matrix<T, C, R>& a) {
 }
 
 template <class T>
-constexpr T determinant(const matrix<T, 2, 2>& a) { return static_cast<T>(a[0].e[0] * a[1].e[1] - a[1].e[0] * a[0].e[1]); }
+constexpr T determinant(const matrix<T, 2, 2>& a) {
+  return static_cast<T>(a[0].e[0] * a[1].e[1] - a[1].e[0] * a[0].e[1]);
+}
 template <class T>
 constexpr T determinant(const matrix<T, 3, 3>& a) { return dot(a[0], cross(a[1], a[2])); }
 // Expansion along the first row.

@@ -24,7 +24,8 @@ inline vec<float, N> unpacked(uint word) {
   vec<float, N> result;
   for (int i = 0; i < N; ++i) {
     const uint bits = word << (32 - Bits - Bits * i);
-    const float n = Signed ? static_cast<float>(static_cast<int>(bits) >> (32 - Bits)) : static_cast<float>(bits >> (32 - Bits));
+    const float n = Signed ? static_cast<float>(static_cast<int>(bits) >> (32 - Bits))
+                           : static_cast<float>(bits >> (32 - Bits));
     result.e[i] = larger(n / pack_scale<Bits, Signed>, -1.0f);
   }
   return result;

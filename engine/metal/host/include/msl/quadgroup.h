@@ -14,7 +14,8 @@ METAL_FUNC T quad_reduce(const T& value) {
   const unsigned base = quad_base();
   T folded[4];
   for (unsigned i = 0; i < 4; ++i)
-    folded[i] = (lanes.active >> (base + i)) & 1 ? deposited<T>(lanes, base + i) : T(F::template identity<element_t<T>>());
+    folded[i] = (lanes.active >> (base + i)) & 1 ? deposited<T>(lanes, base + i)
+                                                 : T(F::template identity<element_t<T>>());
   return applied<F>(applied<F>(folded[0], folded[2]), applied<F>(folded[1], folded[3]));
 }
 template <class F, bool Inclusive, class T>
@@ -60,7 +61,9 @@ MSL_QUAD(quad_prefix_exclusive_product, (detail::quad_scan<detail::multiply, fal
 #undef MSL_QUAD
 
 #define MSL_QUAD_SHUFFLE(name, source) \
-  template <class T, class V = detail::simd_t<T>> METAL_FUNC V name(T value, ushort n) { return detail::quad_shuffled(V(value), source); }
+  template <class T, class V = detail::simd_t<T>> METAL_FUNC V name(T value, ushort n) {               \
+    return detail::quad_shuffled(V(value), source);                                                    \
+  }
 MSL_QUAD_SHUFFLE(quad_broadcast, n)
 MSL_QUAD_SHUFFLE(quad_shuffle, n)
 MSL_QUAD_SHUFFLE(quad_shuffle_xor, detail::quad_lane() ^ n)

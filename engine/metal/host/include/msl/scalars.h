@@ -3,9 +3,9 @@
 //
 // half relies on the compiler rounding after every operation: build with -ffloat16-excess-precision=none. The literal
 // operator stands for MSL's suffix in 1.h; C++ cannot declare one for 1.bf or 1.H: write half(1.) or bfloat(1.).
-// Unsuffixed literals are float in MSL: build with -Xclang -cl-single-precision-constant, or `x * 0.5` is computed in
-// double. <cmath> and <math.h> stay out on purpose: their global pow, exp … would be overload candidates beside
-// metal's under `using namespace metal`.
+// Unsuffixed literals are float in MSL: the rewriter gives them their suffix before this is compiled. <cmath> and
+// <math.h> stay out on purpose: their global pow, exp … would be overload candidates beside metal's under `using
+// namespace metal`.
 #pragma once
 
 #include <float.h>

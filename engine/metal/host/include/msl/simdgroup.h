@@ -107,7 +107,9 @@ METAL_FUNC unsigned long ballot(bool predicate) {
 }  // namespace detail
 
 #define MSL_REDUCTION(name, F) \
-  template <class T, class V = detail::simd_t<T>> METAL_FUNC V name(T value) { return detail::reduce<detail::F>(V(value)); }
+  template <class T, class V = detail::simd_t<T>> METAL_FUNC V name(T value) { \
+    return detail::reduce<detail::F>(V(value));                                \
+  }
 MSL_REDUCTION(simd_sum, add)
 MSL_REDUCTION(simd_product, multiply)
 MSL_REDUCTION(simd_min, minimum)
@@ -118,7 +120,9 @@ MSL_REDUCTION(simd_xor, differ)
 #undef MSL_REDUCTION
 
 #define MSL_PREFIX(name, F, inclusive) \
-  template <class T, class V = detail::simd_t<T>> METAL_FUNC V name(T value) { return detail::scan<detail::F, inclusive>(V(value)); }
+  template <class T, class V = detail::simd_t<T>> METAL_FUNC V name(T value) { \
+    return detail::scan<detail::F, inclusive>(V(value));                       \
+  }
 MSL_PREFIX(simd_prefix_inclusive_sum, add, true)
 MSL_PREFIX(simd_prefix_exclusive_sum, add, false)
 MSL_PREFIX(simd_prefix_inclusive_product, multiply, true)

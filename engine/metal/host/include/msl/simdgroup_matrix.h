@@ -54,7 +54,7 @@ inline void multiply_add(float* d, const float* a, const float* b, const float* 
 struct spreading { float values[2][64]; unsigned turn; };
 inline __thread spreading spread_areas[rt::kMaxThreads / rt::kSimdWidth];
 
-struct fragments { float a[2], b[2], c[2]; };
+struct fragments { float a[2], b[2]; };
 
 }  // namespace detail
 
@@ -131,7 +131,8 @@ METAL_FUNC void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, const volatile T* s
   d.spread = false;
   if (detail::this_lane() != 0) return;
   rt::count_matrix_op();
-  const T* base = const_cast<const T*>(source) + static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
+  const long origin = static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
+  const T* base = const_cast<const T*>(source) + origin;
   const long across = transpose_matrix ? static_cast<long>(elements_per_row) : 1;
   const long down = transpose_matrix ? 1 : static_cast<long>(elements_per_row);
   for (long r = 0; r < 8; ++r)
@@ -144,7 +145,8 @@ METAL_FUNC void simdgroup_store(const simdgroup_matrix<T, 8, 8>& a, volatile T* 
   a.gather();
   if (detail::this_lane() != 0) return;
   rt::count_matrix_op();
-  T* base = const_cast<T*>(destination) + static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
+  const long origin = static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
+  T* base = const_cast<T*>(destination) + origin;
   const long across = transpose_matrix ? static_cast<long>(elements_per_row) : 1;
   const long down = transpose_matrix ? 1 : static_cast<long>(elements_per_row);
   for (long r = 0; r < 8; ++r)
@@ -157,14 +159,17 @@ namespace detail {
 template <class D, class A, class B, class C>
 METAL_FUNC void multiply_spread(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
                                 const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>* c) {
-  const fragments own = {{float(a.pair.e[0]), float(a.pair.e[1])}, {float(b.pair.e[0]), float(b.pair.e[1])}, {}};
+  const fragments own = {{float(a.pair.e[0]), float(a.pair.e[1])}, {float(b.pair.e[0]), float(b.pair.e[1])}};
   const rt::Lanes lanes = deposit(own, rt::op_matrix);
   const int lane = static_cast<int>(this_lane()), row = fragment_row(lane), column = fragment_column(lane);
   if (lane == 0) rt::count_matrix_op();
-  D sum[2] = {c ? static_cast<D>(static_cast<float>(c->pair.e[0])) : D(0), c ? static_cast<D>(static_cast<float>(c->pair.e[1])) : D(0)};
+  D sum[2] = {D(0), D(0)};
+  if (c)
+    for (int i = 0; i < 2; ++i) sum[i] = static_cast<D>(static_cast<float>(c->pair.e[i]));
   for (int k = 0; k < 8; ++k) {
     float left, right[2];
-    __builtin_memcpy(&left, lanes.at(fragment_lane(row, k)) + __builtin_offsetof(fragments, a) + 4 * (k % 2), sizeof left);
+    const unsigned at = __builtin_offsetof(fragments, a) + 4 * (k % 2);
+    __builtin_memcpy(&left, lanes.at(fragment_lane(row, k)) + at, sizeof left);
     __builtin_memcpy(right, lanes.at(fragment_lane(k, column)) + __builtin_offsetof(fragments, b), sizeof right);
     for (int i = 0; i < 2; ++i) sum[i] = static_cast<D>(static_cast<float>(sum[i]) + left * right[i]);
   }

@@ -28,7 +28,8 @@ template <bool Condition, class T = void> using enable_if_t = typename enable_if
 
 template <bool Condition, class Then, class Else> struct conditional { using type = Then; };
 template <class Then, class Else> struct conditional<false, Then, Else> { using type = Else; };
-template <bool Condition, class Then, class Else> using conditional_t = typename conditional<Condition, Then, Else>::type;
+template <bool Condition, class Then, class Else>
+using conditional_t = typename conditional<Condition, Then, Else>::type;
 
 namespace detail {
 template <class T> struct identity { using type = T; };
@@ -102,7 +103,9 @@ template <class B> using _negation = negation<B>;
 
 template <class T> __add_rvalue_reference(T) declval();
 template <class T> constexpr T&& forward(__remove_reference_t(T)& value) { return static_cast<T&&>(value); }
-template <class T> constexpr __remove_reference_t(T)&& move(T&& value) { return static_cast<__remove_reference_t(T)&&>(value); }
+template <class T> constexpr __remove_reference_t(T)&& move(T&& value) {
+  return static_cast<__remove_reference_t(T)&&>(value);
+}
 // Two parameters, so that a swap(T&, T&) of the user's own is the better match.
 template <class A, class B> constexpr enable_if_t<is_same_v<A, B>> swap(A& a, B& b) {
   A kept = a;
