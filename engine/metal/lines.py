@@ -130,7 +130,7 @@ def user_place(module: Path, addresses: Iterable[int]) -> Place | None:
     for address in addresses:
         for place in _places(module, address - 1):
             if (
-                not place.file.startswith((HOST, _IN_HOST, "kernel.", "<"))
+                not place.file.startswith((HOST, _IN_HOST, "runtime.h", "kernel.", "<"))
                 and "/making-" not in place.file
                 and "/lib/libcxx/" not in place.file
                 and place.line

@@ -38,12 +38,14 @@ struct GroupInfo {
   uint32_t thread_count, simdgroup_count;
 };
 
+struct Lanes;
 struct Thread {
   uint32_t thread_index;            // [[thread_index_in_threadgroup]]
   uint32_t lane;                    // [[thread_index_in_simdgroup]]
   uint32_t simdgroup;               // [[simdgroup_index_in_threadgroup]]
   Vec3 position;                    // [[thread_position_in_threadgroup]]
   const GroupInfo* group;
+  const Lanes* lanes;               // what its simdgroup's last exchange left
 };
 
 extern RT_EXPORT __attribute__((tls_model("initial-exec"))) __thread Thread* current;
@@ -72,7 +74,11 @@ struct Lanes {
 
 // Every lane that takes part deposits `size` <= 64 bytes and sees all deposits, which stay valid until its next exchange.
 // Call it from always_inline functions: the address it returns to is the site that converged lanes have in common.
-RT_EXPORT RT_CONVERGENT Lanes exchange(const void* value, unsigned size, unsigned op);
+RT_EXPORT RT_CONVERGENT void exchange_wait(const void* value, unsigned size, unsigned op);
+RT_INLINE Lanes exchange(const void* value, unsigned size, unsigned op) {
+  exchange_wait(value, size, op);
+  return *self().lanes;
+}
 
 // To be called when an op reads a lane that isn't in `active`: Metal leaves the value undefined. Reported in every mode.
 RT_EXPORT void inactive_lane_read(unsigned op, unsigned lane);

@@ -55,6 +55,7 @@ void Scheduler::shape(Vec3 threads) {
     thread.thread_index = i;
     thread.lane = i % kSimdWidth;
     thread.simdgroup = i / kSimdWidth;
+    thread.lanes = &simdgroups_[i / kSimdWidth].lanes;
     thread.position = {i % threads.x, i / threads.x % threads.y, i / (threads.x * threads.y)};
     thread.group = &info_;
   }
@@ -201,18 +202,58 @@ static void describe(Fault& what, const ThreadState& thread, bool other) {
   backtrace(thread.fiber->frame(), pcs + 1, kFrames - 1);
 }
 
-void Scheduler::barrier(unsigned flags, uint64_t site) {
+__attribute__((noinline)) void Scheduler::barrier_slowly() {
+  Fiber* fiber = running().fiber;
+  if (arrived_ == live_) release_barrier();
+  next(fiber, false);
+}
+
+// Usually the next thread in the queue is switched to right here, without a frame of its own and by a jump: a return
+// would be predicted to come from the barrier that this thread has called, and it goes on behind the last one.
+inline __attribute__((always_inline)) void Scheduler::barrier(unsigned flags, uint64_t site) {
   ThreadState& thread = running();
   thread.wait = Wait::barrier;
   thread.flags = flags;
   barrier_sites_[thread.thread_index] = site;
-  Fiber* fiber = thread.fiber;
-  if (++arrived_ == live_) release_barrier();
-  next(fiber, false);
+  if (!arrived_) first_site_ = site, other_sites_ = 0;
+  other_sites_ |= site ^ first_site_;
+  if (__builtin_expect(++arrived_ != live_ && head_ != tail_, 1)) {
+    ThreadState& then = threads_[ready_[head_ & (kMaxThreads - 1)]];
+    if (Fiber* to = then.fiber) {
+      head_++;
+      current = &then;
+      return rt_switch(&thread.fiber->sp, to->sp);
+    }
+  }
+  barrier_slowly();
+}
+
+void threadgroup_barrier(unsigned flags) {
+  scheduler->barrier(flags, reinterpret_cast<uint64_t>(__builtin_return_address(0)));
 }
 
 void Scheduler::release_barrier() {
   counts.barriers++;
+  bool look = other_sites_ != 0;
+#ifdef ASSAY_CHECKED
+  look = true;
+#endif
+  if (look) look_at_barrier();
+  arrived_ = 0;
+  if (launch_->seeded) {
+    for (uint32_t i = 0; i < info_.thread_count; i++) threads_[i].wait = Wait::none;
+    unsigned count = info_.simdgroup_count, start = unsigned(random() % count);
+    for (unsigned s = 0; s < count; s++) push_lanes((start + s) % count, simdgroups_[(start + s) % count].live);
+    return;
+  }
+  for (uint32_t i = 0; i < info_.thread_count; i++) {
+    threads_[i].wait = Wait::none;
+    if (!threads_[i].exited) push(i);
+  }
+}
+
+// Who came to the barrier, and from where: divergence, and in checked mode which memory it orders.
+void Scheduler::look_at_barrier() {
   ThreadState* first = nullptr;
   ThreadState* different = nullptr;
   [[maybe_unused]] unsigned flags = ~0u;
@@ -238,20 +279,11 @@ void Scheduler::release_barrier() {
 #ifdef ASSAY_CHECKED
   check::barrier(flags);
 #endif
-  arrived_ = 0;
-  for (uint32_t i = 0; i < info_.thread_count; i++) threads_[i].wait = Wait::none;
-  if (!launch_->seeded) {
-    for (uint32_t i = 0; i < info_.thread_count; i++)
-      if (!threads_[i].exited) push(i);
-    return;
-  }
-  unsigned count = info_.simdgroup_count, start = unsigned(random() % count);
-  for (unsigned s = 0; s < count; s++) push_lanes((start + s) % count, simdgroups_[(start + s) % count].live);
 }
 
 // ---- simdgroup exchanges ------------------------------------------------------------------------------------------
 
-Lanes Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site) {
+void Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site) {
   ThreadState& thread = running();
   Simdgroup& simdgroup = simdgroups_[thread.simdgroup];
   unsigned lane = thread.lane;
@@ -266,7 +298,6 @@ Lanes Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigne
   Fiber* fiber = thread.fiber;
   if (simdgroup.waiting == simdgroup.live) complete(thread.simdgroup);
   next(fiber, false);
-  return {simdgroup.active, simdgroup.data, simdgroup.result, &simdgroup.known};
 }
 
 // Completes the exchange of all that wait at one site. Of several sites the lowest address goes first, so that lanes in
@@ -304,7 +335,7 @@ void Scheduler::complete(unsigned index) {
 #ifdef ASSAY_CHECKED
   if (barrier) check::simd_barrier(index, flags);
 #endif
-  simdgroup.active = group;
+  simdgroup.lanes = {group, simdgroup.data, simdgroup.result, &simdgroup.known};
   simdgroup.known = false;
   simdgroup.waiting &= ~group;
   simdgroup.uniform = true;                                   // of those left: looked at again when the next one arrives

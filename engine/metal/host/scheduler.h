@@ -36,7 +36,7 @@ struct Simdgroup {
   uint8_t flags[kSimdWidth];
   const void* values[kSimdWidth];
   uint32_t sizes[kSimdWidth];
-  uint32_t active;                                            // lanes of the exchange that was completed last
+  Lanes lanes;                                                // of the exchange that was completed last
   bool known;
   alignas(64) unsigned char result[kDepositBytes];
   alignas(64) unsigned char data[kSimdWidth * kDepositBytes];
@@ -58,7 +58,7 @@ class Scheduler {
   void run(uint32_t linear_threadgroup);
 
   void barrier(unsigned flags, uint64_t site);
-  Lanes exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
+  void exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
   void* local(const Site& site, size_t size, size_t align);
   void fiber_main();
   const Fiber* running_fiber() const;
@@ -75,7 +75,9 @@ class Scheduler {
   void push_lanes(unsigned simdgroup, uint32_t lanes);
   void next(Fiber* from, bool finished);
   void exited();
+  void barrier_slowly();
   void release_barrier();
+  void look_at_barrier();
   void complete(unsigned simdgroup);
   void check_participation(const Simdgroup& simdgroup, unsigned index, uint32_t group);
   void unstall();
@@ -92,6 +94,7 @@ class Scheduler {
   void* host_sp_ = nullptr;
   uint32_t head_ = 0, tail_ = 0;
   uint32_t live_ = 0, arrived_ = 0;
+  uint64_t first_site_ = 0, other_sites_ = 0;                 // of a barrier: the first to arrive, bits in which others differ
   uint32_t exited_ = 0;
   uint64_t random_ = 0;
   uint16_t ready_[kMaxThreads];
