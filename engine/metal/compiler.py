@@ -44,7 +44,7 @@ _METAL_HEADERS = (
 _PREDEFINED = ("-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1", "-D__METAL_MACOS__=1")
 _COMMON = (
     "-std=gnu++20", "-O2", "-w", "-fno-sanitize=undefined", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
-    "-fwrapv", "-fno-finite-loops",
+    "-fwrapv", "-fno-finite-loops", "-fno-delete-null-pointer-checks",
     "-fno-omit-frame-pointer", "-mno-omit-leaf-frame-pointer", "-fno-stack-protector", "-gline-tables-only",
     "-fdebug-compilation-dir=.",
 )  # fmt: skip
@@ -104,6 +104,17 @@ def cache_folder() -> Path:
     return Path(base or Path.home() / ".cache") / "assay" / "metal"
 
 
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MetalError(
+            f"compiled kernels can't be kept in {folder} ({error.strerror}); set ASSAY_CACHE to a folder that can be"
+            " written"
+        ) from None
+    return folder
+
+
 @functools.cache
 def _host_text() -> str:
     """A hash of the runtime and the shim."""
@@ -159,7 +170,7 @@ def diagnose(output: str, rename: Mapping[str, str] | None = None) -> CompileErr
 @functools.cache
 def _empty_headers() -> Path:
     folder = cache_folder() / "empty-headers"
-    (folder / "simd").mkdir(parents=True, exist_ok=True)
+    _made(folder / "simd")
     for name in (*_METAL_HEADERS, "simd/simd.h", "simd/vector_types.h", "simd/types.h"):
         if not (folder / name).exists():
             (folder / name).touch()
@@ -192,13 +203,13 @@ def _link_flags() -> tuple[str, ...]:
 
 def _store(made: Path, kept: Path) -> Path:
     """Move a result into the cache in one step: another process may be making the same one."""
-    kept.parent.mkdir(parents=True, exist_ok=True)
+    _made(kept.parent)
     made.replace(kept)
     return kept
 
 
 def _scratch() -> tempfile.TemporaryDirectory[str]:
-    cache_folder().mkdir(parents=True, exist_ok=True)
+    _made(cache_folder())
     return tempfile.TemporaryDirectory(dir=cache_folder(), prefix="making-")
 
 

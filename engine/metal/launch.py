@@ -100,8 +100,9 @@ class Options:
 
 
 def _triple(value: Size, what: str) -> Triple:
-    parts = (value,) if isinstance(value, (int, np.integer)) else tuple(value)
-    full = (*(int(part) for part in parts), 1, 1, 1)[:3]
+    parts = tuple(value) if isinstance(value, Sequence) else (value,)
+    whole = all(isinstance(part, (int, np.integer)) for part in parts)
+    full = (*(int(part) for part in parts), 1, 1, 1)[:3] if whole else (0, 0, 0)
     if not 1 <= len(parts) <= 3 or any(not 0 < part < 2**31 for part in full):
         raise MetalError(f"{what}={value!r}: one to three positive integers (x, y, z) are wanted")
     return full[0], full[1], full[2]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from engine.metal.constants import require
 from engine.metal.declarations import Function
+from engine.metal.errors import CompileError
 from engine.metal.parameters import Parameter, parameters
 from engine.metal.source import (
     KernelDeclaration,
@@ -152,8 +153,16 @@ def _signature(source: Source, function: Function) -> tuple[object, ...]:
     return function.scope, header, returns.removeprefix("inline "), name, tuple(types), tuple(trailer)
 
 
+def _words(source: Source, body: tuple[int, int]) -> list[str]:
+    """A body's tokens without the address spaces."""
+    return [t.was for t in source.tokens[body[0] : body[1]] if t.was not in _DROPPED and t.was != "constant"]
+
+
 def _drop_duplicates(source: Source) -> None:
-    """Of functions that differ by address space only, keep the first that is defined."""
+    """Of functions that differ by address space only, keep the first that is defined; the host has one space.
+
+    Raises CompileError where that would change what is computed: the bodies of the two say different things.
+    """
     defined: dict[tuple[object, ...], Function] = {}
     for function in source.scanner.found.functions:
         spaced = any(
@@ -164,6 +173,14 @@ def _drop_duplicates(source: Source) -> None:
             continue
         key = _signature(source, function)
         if key in defined and (spaced or function.member):
+            first = defined[key]
+            if first.body and function.body and _words(source, first.body) != _words(source, function.body):
+                raise CompileError(
+                    f"{source.tokens[function.name_at].was} differs from an earlier overload by address space alone,"
+                    " and does something else: the host can't tell their arguments apart",
+                    file=source.tokens[function.name_at].file,
+                    line=source.tokens[function.name_at].line,
+                )
             _blank(source, function.first, function.end)
         defined.setdefault(key, function)
     specialised = set()

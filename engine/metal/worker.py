@@ -117,17 +117,42 @@ def _shared_file() -> int:
         return os.dup(file.fileno())
 
 
+# Every Worker there is: two processes that use one pipe and one memory after a fork would take each other's answers.
+_ALIVE: weakref.WeakSet[Worker] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for worker in list(_ALIVE):
+        worker.after_fork()
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
 class Worker:
     """One worker process and the memory that it shares with this one. Starts when first needed, again after a crash."""
 
     def __init__(self, executable: Path) -> None:
         self._executable = executable
+        self._ending: weakref.finalize[..., Any] | None = None
+        self._share()
+        _ALIVE.add(self)
+
+    def _share(self) -> None:
         self._file = _shared_file()
         weakref.finalize(self, os.close, self._file)
-        self._ending: weakref.finalize[..., Any] | None = None
         self._memory: mmap.mmap | None = None
         self.layout: tuple[Any, ...] | None = None
         self.reserve(CONTROL_BYTES + (1 << 20))
+
+    def after_fork(self) -> None:
+        """In a forked child: leave the process and the memory to the parent, and start anew with the next launch."""
+        if self._ending is not None:
+            self._ending.detach()
+            self._ending = None
+            os.close(self._commands)
+            os.close(self._answers)
+        self._share()
 
     # ---- memory ---------------------------------------------------------------------------------------------------
 
@@ -187,8 +212,6 @@ class Worker:
         """Load a module: host name → (kernel number, (size, align, const, pointer, reference) of each parameter)."""
         if self._ending is None:
             self._start()
-        if module in self._loaded:
-            return self._loaded[module]
         if module in self._loaded:
             return self._loaded[module]
         path = os.fsencode(module)
