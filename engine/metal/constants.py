@@ -46,20 +46,24 @@ def _text(type_text: str, name: str, value: object) -> str:
     raise MetalError(f"function constant {name!r} is a {type_text}: {value!r} is no value for it")
 
 
-def _guarded(source: Source) -> set[str]:
-    """Constants that the source asks about with is_function_constant_defined."""
+def _guarded(source: Source, first: int, end: int) -> set[str]:
+    """Constants that a range of tokens asks about with is_function_constant_defined."""
     return {
         source.tokens[source.scanner.pairs[at + 1] - 1].was
-        for at in range(len(source.tokens))
+        for at in range(first, end)
         if source.tokens[at].was == "is_function_constant_defined" and at + 1 in source.scanner.pairs
     }
 
 
-def _references(source: Source) -> dict[str, set[str]]:
-    """For each function and variable at namespace scope: the names in it."""
-    found: dict[str, set[str]] = {}
+def _references(source: Source) -> dict[str, tuple[set[str], set[str]]]:
+    """For each function and variable at namespace scope: the names in it, and the constants that it guards.
+
+    A constant that keeps the answer (`constant bool use = is_function_constant_defined(n)`) guards where it is used.
+    """
+    found: dict[str, tuple[set[str], set[str]]] = {}
     declared = source.scanner.found
     spans = [(f.name, f.first, f.end) for f in declared.functions]
+    answers: dict[str, set[str]] = {}
     for span in declared.variables:
         head = without_attributes(source, span.first, span.end - 1)
         names = [t.was for t in head]
@@ -67,21 +71,21 @@ def _references(source: Source) -> dict[str, set[str]]:
         stop = min([stop, *(i for i, n in enumerate(names) if n in ("[", "{"))])
         if stop and head[stop - 1].kind == "name" and head[stop - 1].was not in source.constants:
             spans.append((head[stop - 1].was, span.first, span.end))
+            answers[head[stop - 1].was] = _guarded(source, span.first, span.end)
     for name, first, end in spans:
-        found.setdefault(name, set()).update(t.was for t in source.tokens[first:end] if t.kind == "name")
+        names_in, guarded = found.setdefault(name, (set(), set()))
+        names_in |= {token.was for token in source.tokens[first:end] if token.kind == "name"}
+        guarded |= _guarded(source, first, end).union(*(answers.get(used, set()) for used in names_in - {name}))
     return found
 
 
 def require(source: Source, kernel: KernelDeclaration, values: Mapping[str, str]) -> None:
     """Metal refuses a pipeline whose function reads a constant without a value; so does the host.
 
-    A read counts unless the source asks is_function_constant_defined about that constant, anywhere: the answer is often
-    kept in a constant of its own, which then chooses.
+    A read counts unless the same function or variable asks is_function_constant_defined about that constant, itself or
+    through a constant that keeps the answer.
     """
-    asked = _guarded(source)
-    missing: dict[str, FunctionConstant] = {
-        name: constant for name, constant in source.constants.items() if name not in values and name not in asked
-    }
+    missing: dict[str, FunctionConstant] = {n: c for n, c in source.constants.items() if n not in values}
     if not missing:
         return
     references = _references(source)
@@ -94,8 +98,8 @@ def require(source: Source, kernel: KernelDeclaration, values: Mapping[str, str]
         if name in seen:
             continue
         seen.add(name)
-        names = references.get(name, set())
-        for read in names & missing.keys():
+        names, guarded = references.get(name, (set(), set()))
+        for read in names & missing.keys() - guarded:
             constant = missing[read]
             raise MetalError(
                 f"{kernel.host_name} reads the function constant {read!r} (index {constant.index}) without a value: "

@@ -153,9 +153,16 @@ def _signature(source: Source, function: Function) -> tuple[object, ...]:
     return function.scope, header, returns.removeprefix("inline "), name, tuple(types), tuple(trailer)
 
 
-def _words(source: Source, body: tuple[int, int]) -> list[str]:
-    """A body's tokens without the address spaces."""
-    return [t.was for t in source.tokens[body[0] : body[1]] if t.was not in _DROPPED and t.was != "constant"]
+def _words(source: Source, function: Function) -> list[str]:
+    """A body's tokens without the address spaces, and with numbers for the parameters' names."""
+    assert function.body is not None
+    numbers: dict[str, str] = {}
+    for n, (first, end) in enumerate(split(source, function.open + 1, function.close)):
+        names = [token.was for token in source.tokens[first:end] if token.kind == "name"]
+        if names:
+            numbers[names[-1]] = f"parameter {n}"
+    words = (token.was for token in source.tokens[slice(*function.body)])
+    return [numbers.get(word, word) for word in words if word not in _DROPPED and word != "constant"]
 
 
 def _drop_duplicates(source: Source) -> None:
@@ -174,7 +181,7 @@ def _drop_duplicates(source: Source) -> None:
         key = _signature(source, function)
         if key in defined and (spaced or function.member):
             first = defined[key]
-            if first.body and function.body and _words(source, first.body) != _words(source, function.body):
+            if first.body and function.body and _words(source, first) != _words(source, function):
                 raise CompileError(
                     f"{source.tokens[function.name_at].was} differs from an earlier overload by address space alone,"
                     " and does something else: the host can't tell their arguments apart",
