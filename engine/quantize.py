@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from engine.quantize_iq2 import fit_iq2_xxs
-from engine.quantize_k import fit_q2_k, fit_q4_k
+from engine.quantize_k import fit_q2_k, fit_q4_k, ordered_sum
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Blocks fitted at once: their candidates' arrays stay in a CPU's second-level cache. A choice of speed alone.
@@ -107,8 +107,7 @@ def _settle(search: Search, x: Array, weight: Array | None) -> tuple[Array, Arra
 def _error(x: Array, weight: Array | None, values: Array) -> Array:
     """(n, elements) → (n, 1) weighted squared error."""
     error = np.square(values - x)
-    total: Array = (error if weight is None else weight * error).sum(axis=-1, keepdims=True)
-    return total
+    return ordered_sum(error if weight is None else weight * error)
 
 
 def _weights(importance: Array | None, x: Array) -> Array | None:
@@ -144,7 +143,7 @@ def _fit_q8_0(x: Array, weight: Array | None) -> tuple[Array, Array]:
             q = np.clip(np.rint(x * inverse), -127, 127)
             decoded = step * q
             error = np.square(decoded - x)
-            total = error.sum(axis=-1) if weight is None else (weight * error).sum(axis=-1)
+            total = ordered_sum(error if weight is None else weight * error)[..., 0]
             wins = total < best
             best[wins], d[wins, 0] = total[wins], scale[wins]
             codes[wins], values[wins] = q[wins].astype(np.int8), decoded[wins]

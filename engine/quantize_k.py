@@ -90,10 +90,22 @@ def _search(x: Array, weight: Array | None, form: _Form) -> tuple[_State, Array,
     return state, q, values.reshape(x.shape)
 
 
+def ordered_sum(values: Array, axis: int = -1) -> Array:
+    """Sum over `axis`, kept with length 1, by halves: the same bits on every machine.
+
+    NumPy's own sum adds in an order that depends on the processor's vector width, and a search that compares such sums
+    chooses other scales on other machines: a golden of quantised weights would be another model's there.
+    """
+    values = np.moveaxis(values, axis, -1)
+    while (n := values.shape[-1]) > 1:
+        added = values[..., : n // 2] + values[..., n // 2 : 2 * (n // 2)]
+        values = np.concatenate([added, values[..., -1:]], axis=-1) if n % 2 else added
+    return np.moveaxis(values, -1, axis)
+
+
 def _sum(weight: Array | None, values: Array) -> Array:
     """(n, S, L) → (n, S, 1), weighted."""
-    total: Array = (values if weight is None else weight * values).sum(axis=-1, keepdims=True)
-    return total
+    return ordered_sum(values if weight is None else weight * values)
 
 
 def _ratio(a: Array, b: Array) -> Array:
@@ -166,7 +178,7 @@ def _fit_scales(x: Array, weight: Array | None, form: _Form, step: Array, offset
 
 def _better(old: _State, new: _State) -> _State:
     """Block by block the state of the smaller error; the old one on a tie."""
-    wins = new.error.sum(axis=1, keepdims=True) < old.error.sum(axis=1, keepdims=True)
+    wins = ordered_sum(new.error, 1) < ordered_sum(old.error, 1)
     names = ("d", "dmin", "scale", "least", "error")
     return _State(**{name: np.where(wins, getattr(new, name), getattr(old, name)) for name in names})
 
@@ -188,8 +200,7 @@ def _refit(x: Array, weight: Array | None, form: _Form, state: _State) -> _State
     q, _ = _encode(x, form, state.d * state.scale, state.dmin * state.least)
     a, b = state.scale * q, np.broadcast_to(state.least, x.shape)
     aa, ab, bb, ax, bx = (
-        _sum(weight, left * right).sum(axis=1, keepdims=True)
-        for left, right in ((a, a), (a, b), (b, b), (a, x), (b, x))
+        ordered_sum(_sum(weight, left * right), 1) for left, right in ((a, a), (a, b), (b, b), (a, x), (b, x))
     )
     d, dmin = (_to_half(value) for value in _least_squares(aa, ab, bb, ax, bx))
     error = _error(x, weight, form, d * state.scale, dmin * state.least)

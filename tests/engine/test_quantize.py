@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from engine.quantize import QUANTIZERS, fit, quantize
 from engine.quantize import main as print_losses
+from engine.quantize_k import ordered_sum
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -218,3 +219,17 @@ def test_losses_can_be_measured_anew(capsys: pytest.CaptureFixture[str]) -> None
     for line in lines[1:]:
         kind, measured = line.split()[:2]
         assert 0.9 * LOSSES[kind] < float(measured) < LOSSES[kind]
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 17, 32, 256])
+def test_sums_are_added_by_halves_whatever_the_processor(n: int) -> None:
+    values = np.random.default_rng(n).standard_normal((3, n, 5)).astype(np.float32)
+
+    def halves(row: list[np.float32]) -> np.float32:
+        while len(row) > 1:
+            half, odd = len(row) // 2, row[len(row) // 2 * 2 :]
+            row = [a + b for a, b in zip(row[:half], row[half : 2 * half], strict=True)] + odd
+        return row[0]
+
+    expected = [[halves(list(values[i, :, j])) for j in range(5)] for i in range(3)]
+    assert np.array_equal(ordered_sum(values, 1)[:, 0], np.array(expected))
