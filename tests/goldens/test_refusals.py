@@ -1,7 +1,7 @@
 """Every way in which a golden can be stale, damaged or dangerous is planted here, and must be refused in one line.
 
 An edit is made with h5py in a good file and tried twice: as it is, with the seal of the bytes broken, and sealed anew,
-so that the checks behind the seal have to find it.
+so that the checks behind the seal have to find it. Long because it is one table of edits.
 """
 
 from __future__ import annotations

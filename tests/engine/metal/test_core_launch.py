@@ -1,4 +1,7 @@
-"""Launching kernels: builtins, scheduling, threadgroup memory, and every way in which a kernel can go wrong."""
+"""Launching kernels: builtins, scheduling, threadgroup memory, and every way in which a kernel can go wrong.
+
+Long because it is a table: one short kernel and what must come of it, again and again, over one set of fixtures.
+"""
 
 import ctypes
 import math
