@@ -117,8 +117,10 @@ def _made(folder: Path) -> Path:
 
 @functools.cache
 def _host_text() -> str:
-    """A hash of the runtime and the shim."""
-    digest = hashlib.sha256()
+    """A hash of the runtime and the shim, and of where they are: a module's line table names the shim's files, by which
+    faults inside it are told from faults in the user's source.
+    """
+    digest = hashlib.sha256(str(HOST).encode() + b"\0")
     for path in sorted(p for p in HOST.rglob("*") if p.is_file()):
         digest.update(str(path.relative_to(HOST)).encode() + b"\0" + path.read_bytes() + b"\0")
     return digest.hexdigest()

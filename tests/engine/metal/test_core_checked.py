@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -179,3 +180,17 @@ def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) 
             compile(SOURCE)
     finally:
         compiler.command.cache_clear()
+
+
+def test_the_cache_of_another_checkout_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Its modules name the shim's files by another path, so that faults inside the shim would count as the user's."""
+    here = compiler._key("text")
+    monkeypatch.setattr(compiler, "HOST", tmp_path / "host")
+    shutil.copytree(Path(compiler.__file__).parent / "host", tmp_path / "host")
+    compiler._host_text.cache_clear()
+    try:
+        assert compiler._key("text") != here
+    finally:
+        monkeypatch.undo()
+        compiler._host_text.cache_clear()
+    assert compiler._key("text") == here
