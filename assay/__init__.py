@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from assay import golden, metal
-    from assay.api import audit, bisect, compare, run
+    from assay.api import audit, bisect, compare, contracts, replay, run
     from audits.compare import Comparison, ProbeResult
     from audits.verdict import Report, Verdict
     from goldens.trace import Trace
@@ -25,8 +25,10 @@ __all__ = [
     "audit",
     "bisect",
     "compare",
+    "contracts",
     "golden",
     "metal",
+    "replay",
     "run",
 ]
 
@@ -34,6 +36,8 @@ _HOME = {
     "audit": "assay.api",
     "run": "assay.api",
     "compare": "assay.api",
+    "contracts": "assay.api",
+    "replay": "assay.api",
     "bisect": "assay.api",
     "Comparison": "audits.compare",
     "ProbeResult": "audits.compare",

@@ -1,4 +1,4 @@
-"""`assay.run`, `assay.compare`, `assay.bisect`: the main job from Python."""
+"""`assay.run`, `assay.compare`, `assay.bisect`, `assay.audit`: the main jobs from Python."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from audits.cases import model_folder
+from audits.catalogue import Auditable
 from audits.catalogue import audit as run_audit
+from audits.catalogue import contracts as all_contracts
+from audits.catalogue import replay as replay_case
 from audits.compare import Comparison, ProbeResult
 from audits.compare import compare as compare_traces
 from audits.runs import load_reference, model_fingerprint, weights_dtype
@@ -61,13 +64,43 @@ def audit(
     names: str | Sequence[str],
     candidate: Any = None,
     *,
+    framework: str | None = None,
+    device: str | None = None,
+    claims: Mapping[str, str] | None = None,
+    dtypes: Sequence[str] = (),
     quick: bool = True,
     full: bool = False,
     seed: int = 0,
 ) -> Report:
-    """Sweep contracts over their boundary shapes: `.ok`, `.verdicts` (each with .outcome, .case, .evidence, .message).
+    """Judge an implementation by contracts: `.ok`, `.verdicts` (each with .outcome, .case, .evidence, .message).
 
-    `candidate` is what is judged instead of our own implementation: for "moe_matmul", a TOML file that describes Metal
-    kernels. `quick` runs the boundaries, `full` everything crossed.
+    names: one contract, several, or none for all (`assay.contracts()` has them). candidate: a function that takes the
+    contract's arguments (a factory, for caches), "FILE.py:NAME", a dict of these by contract, for moe_matmul also a
+    TOML file that describes Metal kernels; None: the engine's own. framework: of the arrays that it is given, "numpy"
+    (the default), "mlx" or "torch". claims: its arithmetic, e.g. {"accumulate": "float32", "intermediate": "input"};
+    by default what honest code of the inputs' dtype may do. dtypes: the ones to try, by default float32, float16 and
+    bfloat16. `quick` runs the boundaries, `full` everything crossed. Raises ValueError for bad input.
     """
-    return run_audit(names, candidate, full=full or not quick, seed=seed)
+    return run_audit(
+        names,
+        candidate,
+        framework=framework,
+        device=device,
+        claims=claims,
+        dtypes=dtypes,
+        full=full or not quick,
+        seed=seed,
+    )
+
+
+def replay(case: Mapping[str, Any], candidate: Any = None) -> Report:
+    """Judge one case again, bit for bit, as a verdict recorded it (`verdict.case`).
+
+    `candidate`: the function, if it was one of your program; what was named FILE.py:NAME or is built in is found again.
+    """
+    return replay_case(case, candidate)
+
+
+def contracts() -> Mapping[str, Auditable]:
+    """Every contract by name: each has .signature, .arguments, .relations and .doc."""
+    return all_contracts()

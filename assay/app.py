@@ -78,22 +78,52 @@ def run_command(
 @app.command("audit", help=COMMANDS["audit"], epilog=EXIT_CODES)
 def audit_command(
     contracts: Annotated[list[str] | None, typer.Argument(help="Names from `assay list`; none: all.")] = None,
-    candidate: Annotated[Path | None, typer.Option(help="What is judged instead of our own: FILE.toml.")] = None,
+    candidate: Annotated[
+        str | None,
+        typer.Option(help="What is judged instead of our own: FILE.py:NAME, or FILE.toml for Metal kernels."),
+    ] = None,
+    framework: Annotated[
+        str | None, typer.Option(help="Of the arrays that it is given: numpy (default), mlx or torch.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="mlx: metal, cuda, cpu or auto; torch: its own names.")] = None,
+    claims: Annotated[
+        str, typer.Option(help="Its arithmetic, e.g. accumulate=f32,intermediate=input; default: by dtype.")
+    ] = "",
+    dtype: Annotated[list[str] | None, typer.Option("--dtype", help="Try these alone; repeatable.")] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Everything crossed, or the boundaries.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Draws the operands.")] = 0,
     replay: Annotated[str | None, typer.Option(help="Run one case again: a JSON file, or the JSON itself.")] = None,
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Plant the known bugs, and show which check sees which.")
     ] = False,
+    failures: Annotated[Path, typer.Option(help="Folder for one JSON file a failure, to replay it.")] = Path(
+        "assay-failures"
+    ),
     json: Json = None,
+    junit: Annotated[Path | None, typer.Option(help="Write the verdicts as JUnit XML.")] = None,
+    sarif: Annotated[Path | None, typer.Option(help="Write the failures as SARIF 2.1.0.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
 ) -> None:
     from audits import catalogue
+    from audits.claims import read_claims
 
     if mutants:
         show_mutants(partial(catalogue.mutants, Path("tests") / "mutants"))
+    files = {"json": json, "junit": junit, "sarif": sarif, "html": html}
     if replay is not None:
-        show_audit(lambda _: catalogue.replay(read_case(replay)), json)
-    show_audit(lambda advance: catalogue.audit(contracts or [], candidate, full=full, seed=seed, advance=advance), json)
+        show_audit(lambda _: catalogue.replay(read_case(replay), candidate, device=device), files, failures)
+    work = partial(
+        catalogue.audit,
+        contracts or [],
+        candidate,
+        framework=framework,
+        device=device,
+        claims=read_claims(claims),
+        dtypes=dtype or (),
+        full=full,
+        seed=seed,
+    )
+    show_audit(lambda advance: work(advance=advance), files, failures)
 
 
 @kernel_app.command("list", help="List our Metal kernels.")

@@ -10,7 +10,7 @@ import sys
 SUMMARY = "Does a Metal LLM engine still compute what its reference computes?"
 COMMANDS = {
     "run": "Run an engine beside the reference (or a golden) on prompts: probes, first divergence, flips.",
-    "audit": "Sweep a contract over its boundary shapes: our kernels, or anybody's described in a TOML file.",
+    "audit": "Judge implementations by contracts: our own, anybody's Python functions, or Metal kernels.",
     "kernel": "Metal kernels on the host CPU: list, check.",
     "golden": "Stored traces: regenerate, diff, accept, verify, show.",
     "bisect": "Name the first op whose own error exceeds its bound, from two stored traces.",

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from json import dumps, loads
@@ -18,11 +18,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from audits.mutants import Catch
+    from audits.report import Noticed
     from audits.side_by_side import Judged
-    from audits.verdict import Report
+    from audits.verdict import Report, Verdict
 
-FAILURES_SHOWN = 10
 # Not a terminal (a CI log): wide enough for every column of the table.
 LOG_WIDTH = 140
 LOG_SECONDS = 2.0  # a line of progress at most so often
@@ -95,8 +94,8 @@ def judge(jobs: Sequence[Job], json: Path | None, *, every: bool) -> NoReturn:
     from audits.report import report_json
     from audits.verdict import Report, Verdict
 
-    if json is not None and str(json) != "-" and not (json.parent.is_dir() and os.access(json.parent, os.W_OK)):
-        raise ValueError(f"--json {json}: {json.parent} is no folder that can be written to")
+    if json is not None:
+        _check_writable("json", json)
     # With the JSON on standard output, people read the tables on standard error.
     screen = errors if str(json) == "-" else console
     judged: list[Judged] = []
@@ -123,27 +122,73 @@ def judge(jobs: Sequence[Job], json: Path | None, *, every: bool) -> NoReturn:
     raise typer.Exit(report.exit_code)
 
 
-def show_audit(work: Callable[[Callable[[str], None]], Report], json: Path | None) -> NoReturn:
-    """Run an audit, show a row a kernel and a line a failure with its replay, and exit with the report's code."""
-    from audits.report import audit_table, report_json, verdict_line
+def show_audit(
+    work: Callable[[Callable[[str], None]], Report], files: Mapping[str, Path | None], failures: Path
+) -> NoReturn:
+    """Run an audit, show a row a contract and a line a failure with its replay, and exit with the report's code."""
+    from audits.exports import write_reports
+    from audits.report import audit_table, verdict_line
 
-    screen = errors if str(json) == "-" else console
+    wanted = {kind: path for kind, path in files.items() if path is not None}
+    for kind, path in wanted.items():
+        _check_writable(kind, path)
+    screen = errors if str(wanted.get("json")) == "-" else console
     with progress("audit", None) as advance:
         report = work(advance)
     screen.print(audit_table(report.verdicts))
-    failures = [verdict for verdict in report.verdicts if verdict.outcome != "pass"]
-    for verdict in failures[:FAILURES_SHOWN]:
-        screen.print(verdict_line(verdict))
-        line(screen, f"  replay: assay audit --replay {shlex.quote(dumps(dict(verdict.case)))}")
-    if len(failures) > FAILURES_SHOWN:
-        line(screen, f"{len(failures) - FAILURES_SHOWN} more (--json has all)")
-    line(screen, f"{len(report.verdicts)} cases, {len(failures)} failed")
-    if json is not None:
-        write_json(json, report_json(report))
+    for verdict in report.verdicts:
+        if verdict.outcome == "skipped":
+            screen.print(verdict_line(verdict))
+    wrong = [verdict for verdict in report.verdicts if verdict.outcome in ("fail", "could-not-judge")]
+    kinds: dict[tuple[str, str], list[Verdict]] = {}
+    for verdict in wrong:
+        kinds.setdefault((verdict.audit, str(verdict.evidence.get("check", verdict.outcome))), []).append(verdict)
+    for alike in kinds.values():
+        _show_failure(screen, alike, failures)
+    failed = sum(verdict.outcome == "fail" for verdict in wrong)
+    line(screen, f"{len(report.verdicts)} verdicts, {failed} failed, {len(wrong) - failed} could not be judged")
+    write_reports(report, wanted, write_json)
     raise typer.Exit(report.exit_code)
 
 
-def show_mutants(work: Callable[[Callable[[str], None]], Iterable[Catch]]) -> NoReturn:
+def _show_failure(screen: Console, alike: Sequence[Verdict], failures: Path) -> None:
+    """What failed the same check: the smallest case of it with its replay, and how many more there are."""
+    from audits.report import verdict_line
+
+    first = next((verdict for verdict in alike if verdict.evidence.get("shrunk")), alike[0])
+    screen.print(verdict_line(first))
+    line(screen, f"  {_describe_case(first)}")
+    line(screen, f"  replay: assay audit --replay {shlex.quote(str(write_failure(failures, first)))}")
+    if len(alike) > 1:
+        line(screen, f"  {len(alike) - 1} more cases fail it (--json has all)")
+
+
+def _describe_case(verdict: Verdict) -> str:
+    """The case in one line: what differs from nothing, the seed last."""
+    hidden = ("contract", "candidate", "framework")
+    told = {k: v for k, v in verdict.case.items() if k not in hidden and v not in ("", None)}
+    return "case: " + " ".join(f"{k}={v}" for k, v in told.items())
+
+
+def write_failure(folder: Path, verdict: Verdict) -> Path:
+    """One JSON file that `--replay` takes: the case, and what was found."""
+    from hashlib import sha256
+
+    case = dumps(dict(verdict.case), sort_keys=True)
+    check = str(verdict.evidence.get("check", verdict.outcome)).replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{verdict.audit}-{check}-{sha256(case.encode()).hexdigest()[:8]}.json"
+    body = {"case": dict(verdict.case), "message": verdict.message, "evidence": dict(verdict.evidence)}
+    write_json(path, dumps(body, indent=1, default=str))
+    return path
+
+
+def _check_writable(kind: str, path: Path) -> None:
+    if str(path) != "-" and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise ValueError(f"--{kind} {path}: {path.parent} is no folder that can be written to")
+
+
+def show_mutants(work: Callable[[Callable[[str], None]], Iterable[Noticed]]) -> NoReturn:
     """Plant every bug and show which check caught it; exit code 1 if one was missed."""
     from audits.report import mutant_table
 

@@ -1,59 +1,196 @@
-"""The audits of contracts, by name: what `assay audit` and `assay.audit` run.
+"""Every contract by name, and what `assay audit` and `assay.audit` do with it: pick a candidate, sweep, report.
 
-A new one is a module with an `AUDIT` and a line here.
+A contract is a module in audits/contracts/ with a `CONTRACT`; being there is all the registration there is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any, Protocol
 
 from audits import moe_matmul
+from audits.candidate import Candidate, load
+from audits.contract import Argument
 from audits.verdict import Report, Verdict
+from reference.arithmetic import Arithmetic
 
 Advance = Callable[[str], None]
+BUILT_IN = "built-in"
 
 
-class Audit(Protocol):
-    """One contract's audit. `candidate` is None for our own implementation, or says what is judged instead."""
+class Auditable(Protocol):
+    """What the catalogue needs of a contract, stateless (audits/contract.py) or stateful (audits/cache_contract.py)."""
 
-    def __call__(self, candidate: Any, *, full: bool, seed: int, advance: Advance) -> Iterable[Verdict]: ...
+    @property
+    def name(self) -> str: ...
+    @property
+    def signature(self) -> str: ...
+    @property
+    def doc(self) -> str: ...
+    @property
+    def arguments(self) -> tuple[Argument, ...]: ...
+    @property
+    def relations(self) -> Sequence[Any]: ...
+
+    def audit(
+        self, candidate: Candidate, *, full: bool, seed: int, advance: Advance, shrinking: bool = True
+    ) -> Iterator[Verdict]: ...
+    def replay(self, case: Mapping[str, Any], candidate: Candidate) -> Verdict: ...
 
 
-AUDITS: Mapping[str, Audit] = {"moe_matmul": moe_matmul.audit}
-REPLAYS: Mapping[str, Callable[[Mapping[str, Any]], Verdict]] = {"moe_matmul": moe_matmul.replay}
+@cache
+def contracts() -> Mapping[str, Auditable]:
+    """Every contract by name."""
+    import audits.contracts as package
+
+    modules = (import_module(f"{package.__name__}.{found.name}") for found in iter_modules(package.__path__))
+    return {module.CONTRACT.name: module.CONTRACT for module in modules}
+
+
+def contract(name: str) -> Auditable:
+    """The contract of that name; ValueError if there is none."""
+    if name not in contracts():
+        raise ValueError(f"no contract {name!r}; there is {', '.join(contracts())}")
+    return contracts()[name]
 
 
 def audit(
     names: str | Sequence[str],
     candidate: Any = None,
     *,
+    framework: str | None = None,
+    device: str | None = None,
+    claims: Mapping[str, str] | None = None,
+    dtypes: Sequence[str] = (),
     full: bool = False,
     seed: int = 0,
     advance: Advance = lambda _: None,
 ) -> Report:
-    """Run the named audits (none: all) on `candidate`; ValueError for a name that there isn't."""
-    wanted = [names] if isinstance(names, str) else list(names) or list(AUDITS)
-    if unknown := [name for name in wanted if name not in AUDITS]:
-        raise ValueError(f"no contract {unknown[0]!r}; there is {', '.join(AUDITS)}")
-    verdicts = [v for name in wanted for v in AUDITS[name](candidate, full=full, seed=seed, advance=advance)]
+    """Judge a candidate (None: the engine's own) by the named contracts (none: all); ValueError for bad input."""
+    wanted = [contract(name) for name in ([names] if isinstance(names, str) else list(names) or list(contracts()))]
+    if not wanted and candidate is not None:
+        raise ValueError("name the contract that the candidate is judged by")
+    _check_claims(claims)
+    told = _Told(framework=framework, device=device, claims=claims, dtypes=tuple(dtypes))
+    verdicts: list[Verdict] = []
+    for one in wanted:
+        for judge in _judges(one, candidate, told):
+            verdicts += judge(full, seed, advance)
     return Report(verdicts=verdicts)
 
 
-def replay(case: Mapping[str, Any]) -> Report:
-    """Run one case again, as a Verdict recorded it."""
-    name = case.get("contract") if isinstance(case, Mapping) else None
-    if not isinstance(name, str) or name not in REPLAYS:
-        raise ValueError(f'a case to replay has a "contract" ({", ".join(REPLAYS)}); this one has {name!r}')
-    return Report(verdicts=[REPLAYS[name](case)])
+class _Told:
+    """What the caller says of a candidate."""
+
+    def __init__(
+        self, *, framework: str | None, device: str | None, claims: Mapping[str, str] | None, dtypes: tuple[str, ...]
+    ) -> None:
+        self.framework, self.device, self.claims, self.dtypes = framework, device, dict(claims or {}), dtypes
+
+
+Judging = Callable[[bool, int, Advance], Iterable[Verdict]]
+
+
+def _judges(one: Auditable, candidate: Any, told: _Told) -> Iterator[Judging]:
+    """What has to run: the sweep of a Python candidate, and for Metal kernels of routed matmuls the wide-tile audit."""
+    kernels = isinstance(candidate, str | Path) and Path(candidate).suffix == ".toml"
+    if one.name == moe_matmul.NAME and (kernels or candidate is None):
+        yield lambda full, seed, advance: moe_matmul.audit(candidate, full=full, seed=seed, advance=advance)
+    elif kernels:
+        raise ValueError(
+            f"{candidate} describes Metal kernels, which {moe_matmul.NAME} judges; {one.name} takes Python"
+        )
+    if not kernels:
+        made = _candidate(one.name, candidate, told)
+        yield lambda full, seed, advance: one.audit(made, full=full, seed=seed, advance=advance)
+
+
+def _candidate(name: str, given: Any, told: _Told) -> Candidate:
+    """The Candidate that the caller means for contract `name`."""
+    if isinstance(given, Mapping):
+        if name not in given:
+            raise ValueError(f"candidate has nothing for {name!r}; its keys are {', '.join(map(str, given))}")
+        given = given[name]
+    if given is None:
+        return _built_in(name, told)
+    place = given if isinstance(given, str) else f"{getattr(given, '__module__', '')}:{_name(given)}"
+    function = load(given) if isinstance(given, str) else given
+    _select(told.framework or "numpy", told.device)
+    return Candidate(
+        function=function,
+        framework=told.framework or "numpy",
+        name=place,
+        claims=lambda dtype: told.claims,
+        dtypes=told.dtypes,
+        device=told.device if told.framework == "torch" else None,
+    )
+
+
+def _name(given: Any) -> str:
+    return str(getattr(given, "__qualname__", type(given).__name__))
+
+
+def _built_in(name: str, told: _Told) -> Candidate:
+    """The engine's own implementation, in MLX, with the arithmetic that it states for the device."""
+    from engine.contracts import claims, implementation
+
+    if told.framework not in (None, "mlx"):
+        raise ValueError(f"the engine's own {name} is in mlx; --framework is for a --candidate")
+    device = _select("mlx", told.device)
+    return Candidate(
+        function=implementation(name),
+        framework="mlx",
+        name=BUILT_IN,
+        claims=lambda dtype: {**claims(name, device, dtype), **told.claims},
+        dtypes=told.dtypes,
+    )
+
+
+def _select(framework: str, device: str | None) -> Any:
+    """Make `device` the one that MLX computes on; for the others it goes with the arrays."""
+    if framework != "mlx":
+        return None
+    from engine.device import select
+
+    return select(device or "auto")
+
+
+def _check_claims(claims: Mapping[str, str] | None) -> None:
+    """ArithmeticClaimError (a ValueError) for a claim that there isn't."""
+    Arithmetic.claim("float32", **dict(claims or {}))
+
+
+def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None = None) -> Report:
+    """Run one case again, as a Verdict recorded it; `candidate` for one that can't be found by its recorded name."""
+    case = case.get("case", case) if isinstance(case, Mapping) else {}
+    name = case.get("contract")
+    if not isinstance(name, str) or name not in contracts():
+        raise ValueError(f'a case to replay has a "contract" ({", ".join(contracts())}); this one has {name!r}')
+    if name == moe_matmul.NAME and "kernel" in case:
+        return Report(verdicts=[moe_matmul.replay(case)])
+    place = case.get("candidate", BUILT_IN)
+    if candidate is None and place != BUILT_IN and ".py:" not in str(place):
+        raise ValueError(f"{place} was a function of another program: pass it again as candidate")
+    told = _Told(
+        framework=None if place == BUILT_IN and candidate is None else case.get("framework"),
+        device=device,
+        claims=case.get("claims"),
+        dtypes=(),
+    )
+    made = _candidate(name, candidate if candidate is not None else None if place == BUILT_IN else place, told)
+    return Report(verdicts=[contract(name).replay(case, made)])
 
 
 def mutants(root: Path, advance: Advance = lambda _: None) -> Iterable[Any]:
     """Every planted bug below `root` (tests/mutants) and which checks caught it."""
-    from audits.mutants import catch_all
+    from audits import mutants as kernels
+    from audits import planted
 
-    folder = root / "moe_matmul"
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no planted bugs; they are in the repository's tests/mutants, not in the package")
-    return catch_all(folder, moe_matmul.OWN, advance)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no planted bugs; they are in the repository's tests/mutants, not in the package")
+    yield from planted.catch_all(root, advance)
+    yield from kernels.catch_all(root / moe_matmul.NAME, moe_matmul.OWN, advance)

@@ -10,7 +10,7 @@ from typing import Any
 
 from audits import golden_jobs, side_by_side, weights
 from audits.cases import SHIPPED_FOLDER, TRACES_FOLDER
-from audits.catalogue import AUDITS
+from audits.catalogue import contracts
 from engine.metal.errors import MetalError
 from engine.metal.library import compile as compile_metal
 from engine.metal.table import KERNELS
@@ -28,7 +28,7 @@ JOBS: dict[str, Callable[..., Any]] = {
 def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Titles with rows of (name, one line)."""
     yield "jobs", [(name, _first_line(job)) for name, job in JOBS.items()]
-    yield "audits of contracts", [(name, _first_line(audit)) for name, audit in AUDITS.items()]
+    yield "contracts", [(name, f"{one.signature}: {one.doc.partition('. ')[0]}") for name, one in contracts().items()]
     ops = inspect.getmembers(bounds, inspect.isfunction)
     yield "ops with a derived error bound", [(name, _first_line(op)) for name, op in ops if not name.startswith("_")]
     yield "models", [("shipped", f"{SHIPPED_FOLDER.name}/ (goldens/model/README.md has its figures)")]

@@ -28,6 +28,7 @@ from reference.arithmetic import Arithmetic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
+NAME = "moe_matmul"
 OWN = KERNELS / "moe.toml"
 # Tokens of the fullest expert: both sides of every tile boundary (spec of the published defect, which began at token
 # 32).

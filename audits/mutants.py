@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from audits.kernel_spec import KernelSpec, specs_of
-from audits.moe_matmul import MatmulCase, run_case
+from audits.moe_matmul import NAME, MatmulCase, run_case
 
 CHECKS = ("values", "faults")
 
@@ -30,6 +30,8 @@ class Mutant:
     caught_by: tuple[str, ...]
     edits: tuple[tuple[str, str, int], ...]
     overrides: Mapping[str, Any]
+    contract: str = NAME
+    source: str = ""  # the published bug, if it is one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +60,12 @@ def _read(path: Path) -> Mutant:
         if not caught or not set(caught) <= set(CHECKS):
             raise ValueError(f"caught_by is {caught}; some of {', '.join(CHECKS)} are expected")
         return Mutant(
-            name=path.stem, title=told["title"], caught_by=caught, edits=edits, overrides=told.get("spec", {})
+            name=path.stem,
+            title=told["title"],
+            source=told.get("source", ""),
+            caught_by=caught,
+            edits=edits,
+            overrides=told.get("spec", {}),
         )
     except (KeyError, ValueError, tomllib.TOMLDecodeError) as error:
         raise ValueError(f"{path}: {error}") from error

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
@@ -16,7 +17,6 @@ from rich.table import Table
 from audits.compare import Comparison, ProbeResult
 from audits.launched import kernel_lines
 from audits.metrics import Metrics
-from audits.mutants import CHECKS, Catch
 from audits.side_by_side import Judged
 from audits.verdict import Report, Verdict
 from goldens import store
@@ -154,7 +154,9 @@ def verdict_line(verdict: Verdict) -> str:
     style = STYLES[verdict.outcome]
     name = verdict.case.get("name", "")
     dtype = verdict.case.get("options", {}).get("dtype", "")
-    return f"[{style}]{verdict.outcome.upper()}[/] {verdict.audit} {dtype} {name}: {escape(verdict.message)}"
+    check = f"[{verdict.evidence['check']}]" if "check" in verdict.evidence else ""
+    what = " ".join(part for part in (verdict.audit, dtype, name, check) if part)
+    return f"[{style}]{verdict.outcome.upper()}[/] {escape(what)}: {escape(verdict.message)}"
 
 
 def report_json(report: Report, judged: Sequence[Judged] = ()) -> str:
@@ -237,40 +239,90 @@ def golden_lines(path: Path, *, every: bool = False) -> Iterable[str]:
                 yield f"    {probe}: {array.dtype} {dims}"
 
 
-def audit_table(verdicts: Sequence[Verdict]) -> Table:
-    """One row a kernel: how many cases ran and failed, and the worst of them."""
-    table = Table(title="audit", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for name in ("kernel that ran", "cases", "failed", "worst share", "first bad token", "boundary", "faults", ""):
-        table.add_column(name, justify="left" if name in ("kernel that ran", "") else "right")
-    kernels: dict[str, list[Verdict]] = {}
+@dataclass(frozen=True, kw_only=True)
+class Tally:
+    """The verdicts of one contract, or of one Metal kernel, counted; `what` says what failed."""
+
+    name: str
+    cases: int
+    failed: int
+    unjudged: int
+    skipped: int
+    what: str
+    outcome: str
+
+
+def tally(verdicts: Sequence[Verdict]) -> list[Tally]:
+    """One Tally a contract, or a kernel where one ran, in the order of the verdicts."""
+    groups: dict[str, list[Verdict]] = {}
     for verdict in verdicts:
-        kernels.setdefault(str(verdict.evidence.get("kernel", verdict.audit)), []).append(verdict)
-    for kernel, group in kernels.items():
-        failed = [v for v in group if v.outcome == "fail"]
-        worst = max(group, key=lambda v: v.evidence.get("share", 0.0)).evidence
+        groups.setdefault(str(verdict.evidence.get("kernel", verdict.audit)), []).append(verdict)
+    return [_tally(name, group) for name, group in groups.items()]
+
+
+def _tally(name: str, group: Sequence[Verdict]) -> Tally:
+    count = Counter(verdict.outcome for verdict in group)
+    failed = [verdict for verdict in group if verdict.outcome == "fail"]
+    checks = Counter(str(v.evidence["check"]) for v in failed if "check" in v.evidence)
+    what = [f"{check} ({n})" for check, n in checks.items()]
+    if shares := [v.evidence["share"] for v in failed if v.evidence.get("share") and "kernel" in v.evidence]:
         firsts = [v.evidence["first_bad_token"] for v in failed if v.evidence.get("first_bad_token") is not None]
-        boundaries = {v.evidence["boundary"] for v in failed if v.evidence.get("boundary") is not None}
-        outcome = "fail" if failed else "pass"
-        table.add_row(
-            escape(kernel),
-            str(len(group)),
-            str(len(failed)),
-            f"{worst.get('share', 0.0):.1%}",
-            str(min(firsts)) if firsts else "–",
-            ", ".join(f"< {b}" for b in sorted(boundaries)) or "–",
-            str(sum(len(v.evidence.get("faults", ())) for v in group) or "–"),
-            f"[{STYLES[outcome]}]{outcome}[/]",
-        )
+        what.append(f"up to {max(shares):.1%} of the elements, from token {min(firsts)} on")
+    if boundaries := sorted({v.evidence["boundary"] for v in failed if v.evidence.get("boundary") is not None}):
+        what.append("right below " + ", ".join(map(str, boundaries)))
+    if faults := sum(len(v.evidence.get("faults", ())) for v in group):
+        what.append(f"{faults} faults")
+    judged = count["pass"] + count["fail"]
+    outcome = "fail" if failed else "could-not-judge" if count["could-not-judge"] else "pass" if judged else "skipped"
+    return Tally(
+        name=name,
+        cases=judged,
+        failed=count["fail"],
+        unjudged=count["could-not-judge"],
+        skipped=count["skipped"],
+        what="; ".join(what),
+        outcome=outcome,
+    )
+
+
+def audit_table(verdicts: Sequence[Verdict]) -> Table:
+    """One row a contract, or a Metal kernel that ran: how many cases were judged and failed, and what failed."""
+    table = Table(title="audit", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
+    for name in ("judged", "cases", "failed", "not judged", "skipped", "what failed", ""):
+        table.add_column(name, justify="left" if name in ("judged", "what failed", "") else "right")
+    for row in tally(verdicts):
+        numbers = (str(n or "–") for n in (row.cases, row.failed, row.unjudged, row.skipped))
+        table.add_row(escape(row.name), *numbers, escape(row.what), f"[{STYLES[row.outcome]}]{row.outcome}[/]")
     return table
 
 
-def mutant_table(catches: Sequence[Catch]) -> Table:
-    """Which check caught which planted bug; a bug that a check had to catch and didn't is a failure."""
+class Noticed(Protocol):
+    """A planted bug and the checks that noticed it, of a Metal kernel (audits/mutants.py) or of Python
+    (audits/planted.py).
+    """
+
+    @property
+    def mutant(self) -> Any: ...
+    @property
+    def messages(self) -> Mapping[str, str]: ...
+    @property
+    def ok(self) -> bool: ...
+
+
+def mutant_table(catches: Sequence[Noticed]) -> Table:
+    """Which checks caught which planted bug; a bug that a check had to catch and didn't is a failure."""
     table = Table(title="planted bugs", title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for name in ("bug", *CHECKS, "", "what it is"):
+    for name in ("bug", "caught by", "missed by", "", "what it is"):
         table.add_column(name)
     for one in catches:
-        marks = ["caught" if c in one.messages else "MISSED" if c in one.mutant.caught_by else "–" for c in CHECKS]
+        missed = [check for check in one.mutant.caught_by if check not in one.messages]
         outcome = "pass" if one.ok else "fail"
-        table.add_row(one.mutant.name, *marks, f"[{STYLES[outcome]}]{outcome}[/]", escape(one.mutant.title))
+        source = f" ({one.mutant.source})" if one.mutant.source else ""
+        table.add_row(
+            f"{one.mutant.contract}/{one.mutant.name}",
+            ", ".join(one.messages) or "–",
+            ", ".join(missed) or "–",
+            f"[{STYLES[outcome]}]{outcome}[/]",
+            escape(one.mutant.title + source),
+        )
     return table

@@ -41,8 +41,8 @@ def arithmetic(
     """
     table = _BACKENDS[device.name](dtype, config, device.detail)
     # Inputs are upcast, and a half number is exact in TF32 too, so only a float32 run can lose bits to it.
-    operand = table["linear"]["operand"] if dtype == "float32" else "input"
-    table["router"] = {"operand": operand, "accumulate": "float32", "intermediate": "float32", "output": "float32"}
+    factor = table["linear"]["operand"] if dtype == "float32" else "input"
+    table["router"] = {"operand": factor, "accumulate": "float32", "intermediate": "float32", "output": "float32"}
     # One addition of two numbers of the dtype, rounded once [M].
     table["add"] = {"intermediate": "float32", "output": "input"}
     table["swiglu"] = {"intermediate": "float32", "output": "input"}
@@ -57,6 +57,12 @@ def arithmetic(
     elif not config.tie_word_embeddings:
         table["logits"] = dict(table["quantized_linear"])
     return table
+
+
+def operand(device: Device) -> str:
+    """What the factors of a float32 matrix product are rounded to on `device`: "input" or, by a matrix unit, "tf32"."""
+    rounds = device.name == "cuda" or (device.name == "metal" and _has_matrix_unit(device.detail))
+    return "tf32" if rounds and _tf32() else "input"
 
 
 def _cpu(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
@@ -83,8 +89,8 @@ def _cpu(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
 
 def _metal(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
     matrix_unit = _has_matrix_unit(detail)
-    operand = "tf32" if dtype == "float32" and matrix_unit and _tf32() else "input"
-    once = {"operand": operand, "accumulate": "float32", "intermediate": "float32", "output": "input"}
+    factor = "tf32" if dtype == "float32" and matrix_unit and _tf32() else "input"
+    once = {"operand": factor, "accumulate": "float32", "intermediate": "float32", "output": "input"}
     # Fused attention keeps scores and probabilities in float32 (sdpa_vector.h, steel_attention.h [H]). It exists for
     # prefill and decode alike with these head sizes and up to 32 rows (8 queries by the group) in the vector kernel
     # [S]; other shapes take the graph of mlx/fast.cpp. On the matrix unit the factors' type is Apple's to choose.

@@ -19,17 +19,33 @@ _ID_RANGE = 1 << 16
 
 
 def route(logits: mx.array, bias: mx.array | None, config: Config) -> tuple[mx.array, mx.array]:
+    """(T, E) float32 logits → (T, K) int32 expert ids and (T, K) float32 weights, best first, as the model's config
+    says.
+    """
+    return choose(
+        logits,
+        bias,
+        top_k=config.num_experts_per_tok,
+        scoring=config.scoring_func,
+        norm=config.norm_topk_prob,
+        scale=config.routed_scaling_factor,
+    )
+
+
+def choose(
+    logits: mx.array, bias: mx.array | None, *, top_k: int, scoring: str, norm: bool, scale: float
+) -> tuple[mx.array, mx.array]:
     """(T, E) float32 logits → (T, K) int32 expert ids and (T, K) float32 weights, best first."""
-    if config.scoring_func == "topk_softmax":
-        ids = top_k(logits, config.num_experts_per_tok)
+    if scoring == "topk_softmax":
+        ids = _top_k(logits, top_k)
         weights = mx.softmax(mx.take_along_axis(logits, ids, axis=-1), axis=-1)
-        return ids, weights * config.routed_scaling_factor
-    scores = _scores(logits, config.scoring_func)
-    ids = top_k(scores if bias is None else scores + bias, config.num_experts_per_tok)
+        return ids, weights * scale
+    scores = _scores(logits, scoring)
+    ids = _top_k(scores if bias is None else scores + bias, top_k)
     weights = mx.take_along_axis(scores, ids, axis=-1)
-    if config.norm_topk_prob:
-        weights = weights / _denominator(weights.sum(axis=-1, keepdims=True), config.scoring_func)
-    return ids, weights * config.routed_scaling_factor
+    if norm:
+        weights = weights / _denominator(weights.sum(axis=-1, keepdims=True), scoring)
+    return ids, weights * scale
 
 
 def sqrtsoftplus(x: mx.array) -> mx.array:
@@ -70,3 +86,6 @@ def _denominator(total: mx.array, scoring_func: str) -> mx.array:
     if scoring_func == "sigmoid":
         return total + _SIGMOID_EPS
     return total
+
+
+_top_k = top_k  # `choose` has an argument of that name

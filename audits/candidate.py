@@ -1,0 +1,160 @@
+"""A candidate: somebody's implementation of a contract, called with arrays of its own framework.
+
+What it raises is a finding, not an error of ours. Optional arguments that it doesn't take are found out by its
+signature.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from audits.contract import Argument, Call
+from audits.frameworks import FRAMEWORKS, foul_memory, give, take
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class CandidateError(Exception):
+    """The candidate raised; the message says what, its cause is the original."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A callable and what is known of it.
+
+    name: how it can be found again (FILE.py:NAME, or "built-in"). claims: for an input dtype, what it states beyond the
+    contract's default arithmetic. dtypes: the ones to try (none: all). device: of the arrays that a torch candidate is
+    given.
+    """
+
+    function: Callable[..., Any]
+    framework: str
+    name: str
+    claims: Callable[[str], Mapping[str, str]] = lambda dtype: {}
+    dtypes: Sequence[str] = ()
+    device: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.framework not in FRAMEWORKS:
+            raise ValueError(f"no framework {self.framework!r}; there is {', '.join(FRAMEWORKS)}")
+        if not callable(self.function):
+            raise ValueError(f"{self.name} is a {type(self.function).__name__}, which can't be called")
+
+    def lacks(self, arguments: tuple[Argument, ...]) -> tuple[str, ...]:
+        """The optional arguments that it doesn't take; ValueError if it lacks one that it must have."""
+        try:
+            taken = inspect.signature(self.function).parameters.values()
+        except (TypeError, ValueError):
+            return ()  # a builtin tells nothing: it is given everything
+        if any(p.kind is p.VAR_KEYWORD for p in taken):
+            return ()
+        names = {p.name for p in taken if p.kind is not p.VAR_POSITIONAL}
+        places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken)
+        by_place = [a for a in arguments if a.positional]
+        if places < len(by_place) and not any(p.kind is p.VAR_POSITIONAL for p in taken):
+            raise ValueError(
+                f"{self.name} takes {places} arguments by position; the contract passes"
+                f" {', '.join(a.name for a in by_place)}"
+            )
+        missing = [a for a in arguments if not a.positional and a.name not in names]
+        if needed := [a.name for a in missing if not a.optional]:
+            raise ValueError(f"{self.name} takes no argument {needed[0]!r}, which the contract passes by name")
+        return tuple(a.name for a in missing)
+
+    def __call__(
+        self, call: Call, arguments: tuple[Argument, ...], layouts: Mapping[str, str] | None = None
+    ) -> tuple[Array, ...]:
+        """Its outputs for `call` in NumPy; CandidateError if it raises, or changes one of its inputs.
+
+        `layouts` says how single operands lie in memory (contiguous unless named).
+        """
+        layouts = layouts or {}
+        given = {name: self._given(value, layouts.get(name, "contiguous")) for name, value in call.args.items()}
+        foul_memory([x.nbytes for x in _arrays(call.args.values())], self.framework)
+        by_place = [given[a.name] for a in arguments if a.positional]
+        by_name = {a.name: given[a.name] for a in arguments if not a.positional and a.name in given}
+        outputs: tuple[Array, ...] = guarded(lambda: _outputs(self.function(*by_place, **by_name)))
+        for name, value in call.args.items():
+            for before, after in zip(_arrays([value]), _arrays([given[name]]), strict=True):
+                if before.tobytes() != take(after).tobytes():
+                    raise ChangedInput(f"changes its input {name}")
+        return outputs
+
+    def _given(self, value: Any, layout: str) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._given(part, layout) for part in value)
+        return give(value, self.framework, layout, self.device) if isinstance(value, np.ndarray) else value
+
+
+class ChangedInput(CandidateError):
+    """The candidate wrote into one of its inputs."""
+
+
+def guarded(work: Callable[[], Any]) -> Any:
+    """The result of `work`, candidate code; CandidateError for whatever it raises."""
+    try:
+        with np.errstate(all="ignore"):
+            return work()
+    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        text = " ".join(str(error).split())
+        raise CandidateError(f"raised {type(error).__name__}: {text[:300]}") from error
+
+
+def _outputs(result: Any) -> tuple[Array, ...]:
+    return tuple(take(part) for part in (result if isinstance(result, tuple | list) else (result,)))
+
+
+def _arrays(values: Any) -> list[Any]:
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, tuple):
+            found += _arrays(value)
+        elif hasattr(value, "dtype") and hasattr(value, "shape"):
+            found.append(value)
+    return found
+
+
+def load(place: str) -> Callable[..., Any]:
+    """The object that FILE.py:NAME names; ValueError if there is none."""
+    file, _, name = place.rpartition(":")
+    path = Path(file)
+    if not name or path.suffix != ".py":
+        raise ValueError(f"--candidate {place}: FILE.py:NAME is expected")
+    if not path.is_file():
+        raise ValueError(f"--candidate {place}: there is no file {file}")
+    module = _import(path)
+    if not hasattr(module, name):
+        named = [n for n in vars(module) if not n.startswith("_")]
+        raise ValueError(f"--candidate {place}: {file} defines no {name!r} (it has {', '.join(named[:8])})")
+    return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _import(path: Path) -> Any:
+    key = f"_assay_candidate_{path.stem}_{abs(hash(path.resolve()))}"
+    if key in sys.modules:
+        return sys.modules[key]
+    spec = importlib.util.spec_from_file_location(key, path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[key] = module
+    sys.path.insert(0, str(path.resolve().parent))  # a candidate may import its neighbours
+    try:
+        spec.loader.exec_module(module)
+    except BaseException as error:
+        del sys.modules[key]
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            raise
+        raise ValueError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.resolve().parent))
+    return module

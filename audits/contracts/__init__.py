@@ -1,0 +1,1 @@
+"""One contract a file: each module here has a `CONTRACT`, and is found by being here."""

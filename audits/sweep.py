@@ -1,0 +1,269 @@
+"""Running a contract on a candidate: the boundary corpus, what Hypothesis draws, and the relations.
+
+Every case gives one verdict. The first failure of each check is shrunk to the smallest case that still fails it; a
+verdict's case is all that is needed to run it again, bit for bit: `replay`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
+
+from audits.candidate import Candidate, CandidateError, ChangedInput
+from audits.contract import Array, Call, Contract, Finding, Outputs, Relation
+from audits.domain import Case, filled, shrink, strategy
+from audits.errors import CannotJudge
+from audits.frameworks import LAYOUTS
+from audits.verdict import Verdict
+from reference.arithmetic import Arithmetic
+
+Advance = Callable[[str], None]
+FULL_EXAMPLES = 25  # times as many drawn cases as in a quick run
+# A relation is a field of the case, so that a failure of it replays; "" is the comparison with the reference.
+VALUES = ""
+PAIR = "after "  # the relation "after N": the same values as when base case N has just run
+
+
+@dataclass
+class Sweep:
+    """One contract, one candidate, and what has been seen of it so far."""
+
+    contract: Contract
+    candidate: Candidate
+    shrinking: bool = True
+    lacking: tuple[str, ...] = ()
+    shrunk: set[str] = field(default_factory=set)
+    output_dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lacking = self.candidate.lacks(self.contract.arguments)
+
+    def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
+        """All verdicts: first what is left out and why, then the corpus, the relations and the drawn cases."""
+        taken = []
+        for dtype in self._wanted_dtypes():
+            reason = self._refuses(dtype)
+            if reason:
+                yield self._verdict("skipped", {"dtype": dtype}, f"{dtype} is left out: the candidate {reason}")
+            else:
+                taken.append(dtype)
+        if self.lacking:
+            yield self._verdict(
+                "skipped", {}, f"the candidate takes no {', '.join(self.lacking)}: what needs it is left out"
+            )
+        if not taken:
+            yield self._fails_everywhere()
+            return
+        for case in self._cases(taken, full=full, seed=seed):
+            advance(f"{self.contract.name} {case['dtype']} {case['relation'] or 'values'}")
+            yield self.verdict(case)
+
+    def _wanted_dtypes(self) -> Sequence[str]:
+        known = self.contract.domain["dtype"].values  # type: ignore[union-attr]  # dtype is always a Choice
+        if unknown := [d for d in self.candidate.dtypes if d not in known]:
+            raise ValueError(f"{self.contract.name} has no dtype {unknown[0]!r}; there is {', '.join(known)}")
+        return self.candidate.dtypes or known
+
+    def _refuses(self, dtype: str) -> str:
+        """What the candidate raises on the plainest case of `dtype`, or ""."""
+        try:
+            self._outputs(filled(self.contract.domain, {**self.contract.bases[0], "dtype": dtype}))
+        except ChangedInput:
+            return ""
+        except CandidateError as error:
+            return str(error)
+        return ""
+
+    def _fails_everywhere(self) -> Verdict:
+        case = {**filled(self.contract.domain, self.contract.bases[0]), "relation": VALUES}
+        return self._verdict("fail", case, "the candidate raises on the plainest case of every dtype", check="raises")
+
+    def _cases(self, dtypes: Sequence[str], *, full: bool, seed: int) -> Iterator[dict[str, Any]]:
+        """Every case of the sweep that is valid and that the candidate can take, each once."""
+        seen = set()
+        for case in self._all_cases(dtypes, full=full, seed=seed):
+            key = repr(sorted(case.items(), key=str))
+            if key in seen or not self.contract.valid(case) or self._needs_what_lacks(case):
+                continue
+            seen.add(key)
+            yield case
+
+    def _all_cases(self, dtypes: Sequence[str], *, full: bool, seed: int) -> Iterator[dict[str, Any]]:
+        domain, bases = self.contract.domain, self.contract.bases
+        for dtype in dtypes:
+            for i, base in enumerate(bases):
+                plain = {**filled(domain, {"seed": seed % 8, **base}), "dtype": dtype, "relation": VALUES}
+                yield plain
+                yield from ({**plain, "relation": r.name} for r in self._relations(plain))
+                if dtype == dtypes[0]:
+                    yield from ({**plain, "relation": f"{PAIR}{j}"} for j in range(len(bases)) if j != i)
+                if full or i == 0 or dtype == dtypes[0]:
+                    yield from self._layouts(plain)
+        for i, part in enumerate(self.contract.corpus(full)):
+            for dtype in dtypes if full else (dtypes[(i + seed) % len(dtypes)],):
+                yield {**filled(domain, {"dtype": dtype, "seed": (seed + i) % 8, **part}), "relation": VALUES}
+        yield from self._drawn(dtypes, self.contract.examples * (FULL_EXAMPLES if full else 1), seed)
+
+    def _relations(self, case: Case) -> Iterator[Relation]:
+        return (r for r in (*COMMON, *self.contract.relations) if r.applies(case))
+
+    def _layouts(self, plain: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+        """Each array operand of a base case in each layout, one at a time."""
+        if not self.contract.valid(plain) or self._needs_what_lacks(plain):
+            return
+        for name, value in self.contract.build(plain).args.items():
+            if isinstance(value, np.ndarray | tuple):
+                yield from ({**plain, "operand": name, "layout": layout} for layout in LAYOUTS[1:])
+
+    def _drawn(self, dtypes: Sequence[str], count: int, seed: int) -> Iterator[dict[str, Any]]:
+        """What Hypothesis draws from the domain; collected first, so that it sees no failure and shrinks nothing."""
+        found: list[dict[str, Any]] = []
+        cases = strategy(self.contract.domain, lambda case: case["dtype"] in dtypes and self.contract.valid(case))
+
+        @seeded(seed)
+        @settings(
+            max_examples=count,
+            database=None,
+            deadline=None,
+            derandomize=False,
+            phases=[Phase.generate],
+            suppress_health_check=list(HealthCheck),
+        )
+        @given(cases)
+        def collect(case: dict[str, Any]) -> None:
+            found.append({**case, "relation": VALUES})
+
+        if count:
+            collect()
+        yield from found
+
+    def _needs_what_lacks(self, case: Case) -> bool:
+        return bool(self.lacking) and bool(set(self.lacking) & self.contract.build(case).args.keys())
+
+    def verdict(self, case: Case) -> Verdict:
+        """Judge one case; the first failure of each check is shrunk."""
+        try:
+            finding, digest = self._check(case)
+        except CannotJudge as error:
+            return self._verdict("could-not-judge", case, str(error))
+        if finding is None:
+            return self._verdict("pass", case, "within its bound" if not case["relation"] else "holds", digest=digest)
+        evidence: dict[str, Any] = {"check": finding.check, "digest": digest, **finding.evidence}
+        if not self.shrinking or finding.check in self.shrunk:
+            return self._verdict("fail", case, finding.message, **evidence)
+        self.shrunk.add(finding.check)
+        return self._smallest(case, finding.check)
+
+    def _smallest(self, case: Case, check: str) -> Verdict:
+        """The verdict of the smallest case found that still fails `check`."""
+        case = shrink(self.contract.domain, case, lambda c: self._fails(c, check), self._possible)
+        finding, digest = self._check(case)
+        if finding is None:
+            message = "fails at times and passes at times, in one and the same case"
+            return self._verdict("fail", case, message, check="rerun", shrunk=True)
+        evidence = {"check": finding.check, "digest": digest, "shrunk": True, **finding.evidence}
+        return self._verdict("fail", case, finding.message, **evidence)
+
+    def _possible(self, case: Case) -> bool:
+        return self.contract.valid(case) and not self._needs_what_lacks(case)
+
+    def _fails(self, case: Case, check: str) -> bool:
+        try:
+            finding, _ = self._check(case)
+        except CannotJudge:
+            return False
+        return finding is not None and finding.check == check
+
+    def _check(self, case: Case) -> tuple[Finding | None, str]:
+        """What is wrong with the candidate in one case, or None, and a digest of its outputs."""
+        call = self.contract.build(case)
+        try:
+            if case["relation"].startswith(PAIR):
+                before = self.contract.bases[int(case["relation"].removeprefix(PAIR))]
+                self._outputs(filled(self.contract.domain, {**before, "dtype": case["dtype"]}))
+            outputs = self._outputs(case)
+            digest = _digest(outputs)
+            finding = self._dtype_finding(case, outputs) or self.contract.judge(call, outputs, self.arithmetic(case))
+            if finding is not None or case["relation"].startswith(PAIR) or not case["relation"]:
+                return finding, digest
+            relation = next((r for r in self._relations(case) if r.name == case["relation"]), None)
+            if relation is None:
+                return None, digest  # a smaller case that the relation means nothing for
+            problem = relation.check(self._runner(case), call, outputs, case)
+        except ChangedInput as error:
+            return Finding(check="inputs unchanged", message=str(error)), ""
+        except CandidateError as error:
+            return Finding(check="raises", message=str(error)), ""
+        return (None if problem is None else Finding(check=relation.name, message=problem)), digest
+
+    def arithmetic(self, case: Case) -> Arithmetic:
+        """The arithmetic that the candidate claims for a case, or what honest code of its dtype may do."""
+        dtype = case["dtype"]
+        return Arithmetic.claim(dtype, **{**self.contract.claims(dtype), **self.candidate.claims(dtype)})
+
+    def _outputs(self, case: Case) -> Outputs:
+        return self._runner(case)(self.contract.build(case))
+
+    def _runner(self, case: Case) -> Callable[[Call], Outputs]:
+        layouts = {case["operand"]: case["layout"]} if case["operand"] else {}
+        return lambda call: self.candidate(call, self.contract.arguments, layouts)
+
+    def _dtype_finding(self, case: Case, outputs: Outputs) -> Finding | None:
+        """Outputs whose dtype depends on anything but the inputs' dtype: a promotion by an option or a layout."""
+        found = tuple(str(x.dtype) for x in outputs)
+        usual = self.output_dtypes.setdefault(case["dtype"], found)
+        if found == usual:
+            return None
+        return Finding(
+            check="dtype", message=f"returns {', '.join(found)} here, but {', '.join(usual)} for other {case['dtype']}"
+        )
+
+    def _verdict(self, outcome: Any, case: Case, message: str, **evidence: Any) -> Verdict:
+        recorded: dict[str, Any] = {"contract": self.contract.name, "candidate": self.candidate.name}
+        recorded["framework"] = self.candidate.framework
+        if "dtype" in case and (claims := self.candidate.claims(case["dtype"])):
+            recorded["claims"] = dict(claims)
+        recorded |= case
+        return Verdict(outcome=outcome, audit=self.contract.name, case=recorded, message=message, evidence=evidence)
+
+
+def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) -> Verdict:
+    """Run the one case that a verdict recorded; ValueError for what is no case of the contract."""
+    known = {name: case[name] for name in contract.domain if name in case}
+    relation = str(case.get("relation", VALUES))
+    chosen = {**filled(contract.domain, known), "relation": relation}
+    if not contract.valid(chosen):
+        raise ValueError(f"this is no case of {contract.name}: its fields don't go together")
+    sweep = Sweep(contract, candidate, shrinking=False)
+    sweep.output_dtypes.update({dtype: tuple(found) for dtype, found in case.get("output_dtypes", {}).items()})
+    return sweep.verdict(chosen)
+
+
+def _digest(outputs: Outputs) -> str:
+    """A short hash of the outputs' dtypes, shapes and bytes: two runs that agree in it agree bit for bit."""
+    state = hashlib.sha256()
+    for x in outputs:
+        state.update(f"{x.dtype}{x.shape}".encode())
+        state.update(np.ascontiguousarray(x).tobytes())
+    return state.hexdigest()[:16]
+
+
+def _rerun(run: Callable[[Call], Outputs], call: Call, outputs: Outputs, case: Case) -> str | None:
+    for i in range(2):
+        if _digest(run(call)) != _digest(outputs):
+            return f"run {i + 2} of the same call gives other bits than the first"
+    return None
+
+
+def equal_bits(actual: Array, expected: Array) -> bool:
+    """Whether two arrays agree in shape, dtype and every bit."""
+    return actual.shape == expected.shape and actual.dtype == expected.dtype and actual.tobytes() == expected.tobytes()
+
+
+COMMON = (Relation(name="rerun", check=_rerun),)
