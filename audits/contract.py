@@ -81,7 +81,9 @@ class Contract:
     input domain (dtype, layout, operand and seed are added). bases: a few ordinary cases, one for each setting of the
     options; layouts, reruns and relations are tried on these, and every ordered pair of them in one process.
     corpus(full): the boundary cases, always run. build: a case's operands. judge: what is wrong with outputs, by
-    the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype.
+    the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype. forms: ways in which
+    candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
+    used.
     """
 
     name: str
@@ -95,6 +97,7 @@ class Contract:
     relations: Sequence[Relation] = ()
     valid: Callable[[Case], bool] = lambda case: True
     claims: Callable[[str], Mapping[str, str]] = lambda dtype: default_claims(dtype)
+    forms: Sequence[Case] = ({},)
     examples: int = 40  # cases that Hypothesis draws in a quick run
 
     @property

@@ -38,6 +38,7 @@ class Sweep:
     candidate: Candidate
     shrinking: bool = True
     lacking: tuple[str, ...] = ()
+    form: Case = field(default_factory=dict)
     shrunk: set[str] = field(default_factory=set)
     output_dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -46,6 +47,10 @@ class Sweep:
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts: first what is left out and why, then the corpus, the relations and the drawn cases."""
+        self.form = next((f for f in self.contract.forms if self._takes(f)), self.contract.forms[0])
+        if self.form != self.contract.forms[0]:
+            told = ", ".join(f"{name}={value}" for name, value in self.form.items())
+            yield self._verdict("skipped", {}, f"the candidate takes its operands with {told} alone")
         taken = []
         for dtype in self._wanted_dtypes():
             reason = self._refuses(dtype)
@@ -73,12 +78,20 @@ class Sweep:
     def _refuses(self, dtype: str) -> str:
         """What the candidate raises on the plainest case of `dtype`, or ""."""
         try:
-            self._outputs(filled(self.contract.domain, {**self.contract.bases[0], "dtype": dtype}))
+            self._outputs(filled(self.contract.domain, {**self.contract.bases[0], **self.form, "dtype": dtype}))
         except ChangedInput:
             return ""
         except CandidateError as error:
             return str(error)
         return ""
+
+    def _takes(self, form: Case) -> bool:
+        """Whether the candidate takes the plainest case in this form without raising."""
+        try:
+            self._outputs(filled(self.contract.domain, {**self.contract.bases[0], **form}))
+        except CandidateError:
+            return False
+        return True
 
     def _fails_everywhere(self) -> Verdict:
         case = {**filled(self.contract.domain, self.contract.bases[0]), "relation": VALUES}
@@ -88,6 +101,7 @@ class Sweep:
         """Every case of the sweep that is valid and that the candidate can take, each once."""
         seen = set()
         for case in self._all_cases(dtypes, full=full, seed=seed):
+            case |= self.form
             key = repr(sorted(case.items(), key=str))
             if key in seen or not self.contract.valid(case) or self._needs_what_lacks(case):
                 continue

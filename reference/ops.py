@@ -166,4 +166,14 @@ def router(
     return ids, router_weights(logits, ids, scoring, norm, scale)
 
 
+def penalties(logits: Tensor, counts: Tensor, repetition: float, presence: float, frequency: float) -> Tensor:
+    """logits [..., V], counts [..., V] of each id in the history -> penalised logits [..., V].
+
+    Keskar et al. 2019 (a logit above zero is divided by the repetition penalty, one below multiplied) and OpenAI's
+    presence and frequency penalties, for ids that occur; the others are left alone.
+    """
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    return torch.where(counts > 0, scaled - presence - frequency * counts, logits)
+
+
 _top_k = top_k  # router's own argument shadows the name

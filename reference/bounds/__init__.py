@@ -13,6 +13,7 @@ from reference.bounds.core import Bounded
 from reference.bounds.pointwise import rms_norm, rope, swiglu
 from reference.bounds.products import add, linear, matmul, weighted_sum
 from reference.bounds.router import router_scores, router_weights
+from reference.bounds.sampling import penalties
 
 __all__ = [
     "Bounded",
@@ -20,6 +21,7 @@ __all__ = [
     "attention",
     "linear",
     "matmul",
+    "penalties",
     "rms_norm",
     "rope",
     "router_scores",

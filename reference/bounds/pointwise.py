@@ -64,11 +64,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, arith: Arithmetic) -> Bounde
 
 
 def rope(x: Tensor, positions: Tensor, base: float, arith: Arithmetic) -> Bounded:
-    """x [T, H, Dh], positions [T] -> RoPE [T, H, Dh] with its bound.
+    """x [T, H, Dh], positions [T] -> RoPE [T, H, Dh] with its bound; a position that is scaled may be fractional.
 
     The inverse frequency is exp2 of −j·log2(base)·2/Dh, rounded twice (the logarithm, the product; a division by
     Dh/2 is exact for a power of two, else DIVIDE), which its exponent ln(base)·2j/Dh carries into it, or a power as
-    good; EXP for the function. The angle θ is that times the position, u more. A wrong angle turns the pair (y₁,
+    good; EXP for the function. The angle θ is that times the position, u more, and times a scale, 2u more (the scale's
+    own rounding and the product), unless all positions are whole. A wrong angle turns the pair (y₁,
     y₂) it should have given by Δθ: |Δy₁| ≤ |y₂|·Δθ + |y₁|·Δθ²/2. Then cos and sin, TRIG·u absolute each, two
     products and an addition. A narrower intermediate stores cos and sin (never the angle), the products, and their sum.
     """
@@ -78,7 +79,8 @@ def rope(x: Tensor, positions: Tensor, base: float, arith: Arithmetic) -> Bounde
     angles = ops.rope_angles(positions, x.shape[-1], base)[:, None, :]
     exponent = math.log(base) * torch.arange(half, dtype=torch.float64) / half
     roundings = 2 + quotient(half)
-    turn = (angles.abs() * ((exponent * roundings + EXP + 1) * u) * (1 + 8 * u)).repeat(1, 1, 2)
+    product = 1 if bool((positions == positions.round()).all()) else 3
+    turn = (angles.abs() * ((exponent * roundings + EXP + product) * u) * (1 + 8 * u)).repeat(1, 1, 2)
     cos, sin = angles.cos().abs().repeat(1, 1, 2), angles.sin().abs().repeat(1, 1, 2)
     first, second = x.abs(), x.abs().roll(half, dims=-1)
     radius = torch.hypot(first, second)

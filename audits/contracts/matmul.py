@@ -1,0 +1,70 @@
+"""matmul(a, b)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+
+from audits.contract import Call, Contract, Finding, Outputs
+from audits.domain import Case, Choice, Range, residues
+from audits.frameworks import DTYPES
+from audits.relations import permuted_rows, scaled_argument
+from audits.rows import judge_rows
+from audits.values import KINDS, draw
+from reference import bounds
+from reference.arithmetic import Arithmetic
+
+# batch of a and of b: none, the same, or one that is broadcast.
+BATCHES = ("none", "both", "a alone")
+
+
+def build(case: Case) -> Call:
+    rng = np.random.default_rng([case["seed"], case["rows"], case["K"], case["N"]])
+    batch = () if case["batch"] == "none" else (case["B"],)
+    a = draw(case["values"], (*batch, case["rows"], case["K"]), rng)
+    b = draw("normal", (*(batch if case["batch"] == "both" else ()), case["K"], case["N"]), rng)
+    if case["values"] == "positive":
+        b = np.abs(b)
+    dtype = DTYPES[case["dtype"]]
+    return Call({"a": a.astype(dtype), "b": b.astype(dtype)})
+
+
+def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | None:
+    a, b = (torch.from_numpy(call.args[name].astype(np.float64)) for name in ("a", "b"))
+    return judge_rows(outputs[0], bounds.matmul(a, b, arithmetic))
+
+
+def corpus(full: bool) -> Iterator[Case]:
+    for i, (M, K, N) in enumerate(zip(*residues(128, 3, 0), strict=True)):
+        yield {"rows": M, "K": K, "N": N, "values": KINDS[i % len(KINDS)]}
+    for small in range(1, 10):  # vector kernels branch on small output widths
+        yield {"rows": 1, "K": 32 * small, "N": small, "values": "positive"}
+        yield {"rows": small, "K": 300, "N": 5, "B": 2, "batch": BATCHES[small % 3]}
+    for K in (255, 256, 257, 4095, 4096, 4097, 32768, 32769):
+        yield {"rows": 1, "K": K, "N": 3, "values": "normal"}
+        yield {"rows": 33, "K": K, "N": 1, "values": "positive"} if K < 5000 else {"rows": 2, "K": K, "N": 1}
+    for B in (1, 2, 3) if not full else range(1, 9):
+        yield {"rows": 17, "K": 65, "N": 31, "B": B, "batch": "both"}
+        yield {"rows": 1, "K": 65, "N": 31, "B": B, "batch": "a alone"}
+
+
+CONTRACT = Contract(
+    name="matmul",
+    signature="matmul(a, b)",
+    doc="a [..., M, K] @ b [..., K, N] -> [..., M, N]; sums in float32, one rounding to the inputs' dtype.",
+    fields={
+        "rows": Range(1, 70),
+        "K": Range(1, 200),
+        "N": Range(1, 70),
+        "B": Choice((2, 1, 3)),
+        "batch": Choice(BATCHES),
+        "values": Choice(KINDS),
+    },
+    bases=[{"rows": 5, "K": 70, "N": 33}, {"rows": 5, "K": 70, "N": 33, "batch": "both"}],
+    corpus=corpus,
+    build=build,
+    judge=judge,
+    relations=[permuted_rows("a", applies=lambda case: case["batch"] == "none"), scaled_argument("b", 2.0)],
+)
