@@ -6,12 +6,12 @@ A contract is a module in audits/contracts/ with a `CONTRACT`; being there is al
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any, Protocol
 
+import audits.contracts as package
 from audits import moe_matmul
 from audits.candidate import Candidate, load
 from audits.contract import Argument
@@ -42,24 +42,26 @@ class Auditable(Protocol):
     def replay(self, case: Mapping[str, Any], candidate: Candidate) -> Verdict: ...
 
 
-@cache
-def contracts() -> Mapping[str, Auditable]:
-    """Every contract by name."""
-    import audits.contracts as package
-
-    modules = (import_module(f"{package.__name__}.{found.name}") for found in iter_modules(package.__path__))
-    return {module.CONTRACT.name: module.CONTRACT for module in modules}
+def names() -> list[str]:
+    """The names of all contracts: their modules' names."""
+    return [found.name for found in iter_modules(package.__path__)]
 
 
 def contract(name: str) -> Auditable:
     """The contract of that name; ValueError if there is none."""
-    if name not in contracts():
-        raise ValueError(f"no contract {name!r}; there is {', '.join(contracts())}")
-    return contracts()[name]
+    if name not in names():
+        raise ValueError(f"no contract {name!r}; there is {', '.join(names())}")
+    found: Auditable = import_module(f"{package.__name__}.{name}").CONTRACT
+    return found
+
+
+def contracts() -> Mapping[str, Auditable]:
+    """Every contract by name."""
+    return {name: contract(name) for name in names()}
 
 
 def audit(
-    names: str | Sequence[str],
+    wanted: str | Sequence[str],
     candidate: Any = None,
     *,
     framework: str | None = None,
@@ -71,13 +73,13 @@ def audit(
     advance: Advance = lambda _: None,
 ) -> Report:
     """Judge a candidate (None: the engine's own) by the named contracts (none: all); ValueError for bad input."""
-    wanted = [contract(name) for name in ([names] if isinstance(names, str) else list(names) or list(contracts()))]
     if not wanted and candidate is not None:
         raise ValueError("name the contract that the candidate is judged by")
+    chosen = [contract(name) for name in ([wanted] if isinstance(wanted, str) else list(wanted) or names())]
     _check_claims(claims)
     told = _Told(framework=framework, device=device, claims=claims, dtypes=tuple(dtypes))
     verdicts: list[Verdict] = []
-    for one in wanted:
+    for one in chosen:
         for judge in _judges(one, candidate, told):
             verdicts += judge(full, seed, advance)
     return Report(verdicts=verdicts)
@@ -168,8 +170,8 @@ def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None
     """Run one case again, as a Verdict recorded it; `candidate` for one that can't be found by its recorded name."""
     case = case.get("case", case) if isinstance(case, Mapping) else {}
     name = case.get("contract")
-    if not isinstance(name, str) or name not in contracts():
-        raise ValueError(f'a case to replay has a "contract" ({", ".join(contracts())}); this one has {name!r}')
+    if not isinstance(name, str) or name not in names():
+        raise ValueError(f'a case to replay has a "contract" ({", ".join(names())}); this one has {name!r}')
     if name == moe_matmul.NAME and "kernel" in case:
         return Report(verdicts=[moe_matmul.replay(case)])
     place = case.get("candidate", BUILT_IN)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -57,8 +57,17 @@ class Finding:
 
 Outputs = Sequence[Array]
 Judge = Callable[[Call, Outputs, Arithmetic], Finding | None]
-# What a relation gets to call the candidate with: outputs in NumPy; raises what the candidate raises.
-Run = Callable[[Call], Outputs]
+
+
+class Run(Protocol):
+    """What a relation gets to call the candidate with: outputs in NumPy; raises what the candidate raises."""
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """The arithmetic that the candidate claims, for relations that hold up to rounding."""
+        ...
+
+    def __call__(self, call: Call) -> Outputs: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +92,8 @@ class Contract:
     corpus(full): the boundary cases, always run. build: a case's operands. judge: what is wrong with outputs, by
     the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype. forms: ways in which
     candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
-    used.
+    used. outputs: how many arrays it returns. words: whether None or a name may stand for one. dtype_key: cases of one
+    key have outputs of the same dtypes.
     """
 
     name: str
@@ -98,6 +108,9 @@ class Contract:
     valid: Callable[[Case], bool] = lambda case: True
     claims: Callable[[str], Mapping[str, str]] = lambda dtype: default_claims(dtype)
     forms: Sequence[Case] = ({},)
+    outputs: Sequence[int] = (1,)
+    words: bool = False
+    dtype_key: Callable[[Case], str] = lambda case: str(case["dtype"])
     examples: int = 40  # cases that Hypothesis draws in a quick run
 
     @property

@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from audits.candidate import Candidate, CandidateError, ChangedInput
-from audits.contract import Array, Call, Contract, Finding, Outputs, Relation
+from audits.contract import Array, Call, Contract, Finding, Outputs, Relation, Run
 from audits.domain import Case, filled, shrink, strategy
 from audits.errors import CannotJudge
 from audits.frameworks import LAYOUTS
@@ -28,6 +29,25 @@ FULL_EXAMPLES = 25  # times as many drawn cases as in a quick run
 # A relation is a field of the case, so that a failure of it replays; "" is the comparison with the reference.
 VALUES = ""
 PAIR = "after "  # the relation "after N": the same values as when base case N has just run
+
+
+# NumPy's kinds for None and for text, which a candidate may return in place of an array ("causal").
+NO_ARRAY = "OU"
+
+
+class _Lacking(Exception):
+    """A relation needs an optional argument that the candidate doesn't take."""
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A candidate with the arrays of one case's layout and dtype."""
+
+    run: Callable[[Call], Outputs]
+    arithmetic: Arithmetic
+
+    def __call__(self, call: Call) -> Outputs:
+        return self.run(call)
 
 
 @dataclass
@@ -69,6 +89,12 @@ class Sweep:
             advance(f"{self.contract.name} {case['dtype']} {case['relation'] or 'values'}")
             yield self.verdict(case)
 
+    @property
+    def _plainest(self) -> Case:
+        """The first base case that the candidate takes all arguments of."""
+        domain, bases = self.contract.domain, self.contract.bases
+        return next((b for b in bases if not self._needs_what_lacks(filled(domain, b))), bases[0])
+
     def _wanted_dtypes(self) -> Sequence[str]:
         known = self.contract.domain["dtype"].values  # type: ignore[union-attr]  # dtype is always a Choice
         if unknown := [d for d in self.candidate.dtypes if d not in known]:
@@ -78,7 +104,7 @@ class Sweep:
     def _refuses(self, dtype: str) -> str:
         """What the candidate raises on the plainest case of `dtype`, or ""."""
         try:
-            self._outputs(filled(self.contract.domain, {**self.contract.bases[0], **self.form, "dtype": dtype}))
+            self._outputs(filled(self.contract.domain, {**self._plainest, **self.form, "dtype": dtype}))
         except ChangedInput:
             return ""
         except CandidateError as error:
@@ -88,7 +114,7 @@ class Sweep:
     def _takes(self, form: Case) -> bool:
         """Whether the candidate takes the plainest case in this form without raising."""
         try:
-            self._outputs(filled(self.contract.domain, {**self.contract.bases[0], **form}))
+            self._outputs(filled(self.contract.domain, {**self._plainest, **form}))
         except CandidateError:
             return False
         return True
@@ -116,7 +142,8 @@ class Sweep:
                 yield plain
                 yield from ({**plain, "relation": r.name} for r in self._relations(plain))
                 if dtype == dtypes[0]:
-                    yield from ({**plain, "relation": f"{PAIR}{j}"} for j in range(len(bases)) if j != i)
+                    others = (j for j in range(len(bases)) if j != i and self._possible(filled(domain, bases[j])))
+                    yield from ({**plain, "relation": f"{PAIR}{j}"} for j in others)
                 if full or i == 0 or dtype == dtypes[0]:
                     yield from self._layouts(plain)
         for i, part in enumerate(self.contract.corpus(full)):
@@ -196,20 +223,25 @@ class Sweep:
 
     def _check(self, case: Case) -> tuple[Finding | None, str]:
         """What is wrong with the candidate in one case, or None, and a digest of its outputs."""
-        call = self.contract.build(case)
+        call, digest = self.contract.build(case), ""
         try:
             if case["relation"].startswith(PAIR):
                 before = self.contract.bases[int(case["relation"].removeprefix(PAIR))]
-                self._outputs(filled(self.contract.domain, {**before, "dtype": case["dtype"]}))
+                same = {name: case[name] for name in ("dtype", *self.contract.forms[0])}
+                self._outputs(filled(self.contract.domain, {**before, **same}))
             outputs = self._outputs(case)
             digest = _digest(outputs)
-            finding = self._dtype_finding(case, outputs) or self.contract.judge(call, outputs, self.arithmetic(case))
-            if finding is not None or case["relation"].startswith(PAIR) or not case["relation"]:
-                return finding, digest
+            if malformed := _malformed(outputs, self.contract):
+                return malformed, digest
+            if case["relation"] == VALUES or case["relation"].startswith(PAIR):
+                judged = self.contract.judge(call, outputs, self.arithmetic(case))
+                return self._dtype_finding(case, outputs) or judged, digest
             relation = next((r for r in self._relations(case) if r.name == case["relation"]), None)
             if relation is None:
                 return None, digest  # a smaller case that the relation means nothing for
             problem = relation.check(self._runner(case), call, outputs, case)
+        except _Lacking:
+            return None, digest
         except ChangedInput as error:
             return Finding(check="inputs unchanged", message=str(error)), ""
         except CandidateError as error:
@@ -224,18 +256,26 @@ class Sweep:
     def _outputs(self, case: Case) -> Outputs:
         return self._runner(case)(self.contract.build(case))
 
-    def _runner(self, case: Case) -> Callable[[Call], Outputs]:
+    def _runner(self, case: Case) -> Run:
         layouts = {case["operand"]: case["layout"]} if case["operand"] else {}
-        return lambda call: self.candidate(call, self.contract.arguments, layouts)
+        return _Run(lambda call: self._called(call, layouts), self.arithmetic(case))
+
+    def _called(self, call: Call, layouts: Mapping[str, str]) -> Outputs:
+        if set(self.lacking) & call.args.keys():
+            raise _Lacking
+        return self.candidate(call, self.contract.arguments, layouts)
 
     def _dtype_finding(self, case: Case, outputs: Outputs) -> Finding | None:
         """Outputs whose dtype depends on anything but the inputs' dtype: a promotion by an option or a layout."""
-        found = tuple(str(x.dtype) for x in outputs)
-        usual = self.output_dtypes.setdefault(case["dtype"], found)
+        found = tuple(str(x.dtype) for x in outputs if x.dtype.kind not in NO_ARRAY)
+        if not found:
+            return None
+        kind = self.contract.dtype_key(case)
+        usual = self.output_dtypes.setdefault(kind, found)
         if found == usual:
             return None
         return Finding(
-            check="dtype", message=f"returns {', '.join(found)} here, but {', '.join(usual)} for other {case['dtype']}"
+            check="dtype", message=f"returns {', '.join(found)} here, but {', '.join(usual)} for other {kind}"
         )
 
     def _verdict(self, outcome: Any, case: Case, message: str, **evidence: Any) -> Verdict:
@@ -245,6 +285,19 @@ class Sweep:
             recorded["claims"] = dict(claims)
         recorded |= case
         return Verdict(outcome=outcome, audit=self.contract.name, case=recorded, message=message, evidence=evidence)
+
+
+def _malformed(outputs: Outputs, contract: Contract) -> Finding | None:
+    """A result that is no array, or not as many as the contract says."""
+    if len(outputs) not in contract.outputs:
+        due = " or ".join(map(str, contract.outputs))
+        return Finding(check="shape", message=f"returns {len(outputs)} arrays; {due} expected")
+    for x in outputs:
+        if contract.words and x.dtype.kind in NO_ARRAY:
+            continue
+        if x.dtype.kind not in "fiub" and x.dtype != ml_dtypes.bfloat16:
+            return Finding(check="shape", message=f"returns {x.dtype}, which is no array of numbers")
+    return None
 
 
 def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) -> Verdict:
@@ -264,11 +317,11 @@ def _digest(outputs: Outputs) -> str:
     state = hashlib.sha256()
     for x in outputs:
         state.update(f"{x.dtype}{x.shape}".encode())
-        state.update(np.ascontiguousarray(x).tobytes())
+        state.update(repr(x).encode() if x.dtype.kind in NO_ARRAY else np.ascontiguousarray(x).tobytes())
     return state.hexdigest()[:16]
 
 
-def _rerun(run: Callable[[Call], Outputs], call: Call, outputs: Outputs, case: Case) -> str | None:
+def _rerun(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
     for i in range(2):
         if _digest(run(call)) != _digest(outputs):
             return f"run {i + 2} of the same call gives other bits than the first"

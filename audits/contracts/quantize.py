@@ -40,8 +40,6 @@ def build(case: Case) -> Call:
 
 def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | None:
     w, group, bits = call.args["w"], call.args["group_size"], call.args["bits"]
-    if len(outputs) != 3:
-        return Finding(check="shape", message=f"returns {len(outputs)} arrays; codes, scales, biases are expected")
     codes, scales, biases = outputs
     per_group = (*w.shape[:-1], w.shape[-1] // group)
     for name, found, shape in (
@@ -128,5 +126,6 @@ CONTRACT = Contract(
     corpus=corpus,
     build=build,
     judge=judge,
+    outputs=(3,),
     relations=[Relation(name="batch equals alone", check=_alone, applies=lambda case: case["rows"] > 1)],
 )

@@ -24,6 +24,12 @@ BIASED = ("sigmoid", "sqrtsoftplus")  # the scorings whose choice a bias may ste
 KINDS = ("normal", "large", "cold", "ties", "near", "hot")
 
 
+def possible(case: Case) -> bool:
+    """Sigmoids of about −20 are below what float16 can hold."""
+    tiny = case["values"] == "cold" and case["scoring"] == "sigmoid" and case["dtype"] == "float16"
+    return bool(case["k"] <= case["E"] and not tiny)
+
+
 def build(case: Case) -> Call:
     T, E = case["rows"], case["E"]
     rng = np.random.default_rng([case["seed"], T, E])
@@ -56,8 +62,6 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
     by bound; slots in any order.
     """
     logits, k = call.args["logits"], call.args["top_k"]
-    if len(outputs) != 2:
-        return Finding(check="shape", message=f"returns {len(outputs)} arrays; ids and weights are expected")
     ids, weights = outputs
     expected = (*logits.shape[:-1], k)
     for name, found in (("ids", ids), ("weights", weights)):
@@ -180,7 +184,9 @@ CONTRACT = Contract(
     corpus=corpus,
     build=build,
     judge=judge,
-    valid=lambda case: case["k"] <= case["E"],
+    valid=possible,
+    dtype_key=lambda case: f"{case['dtype']} {case['scoring']}",
+    outputs=(2,),
     relations=[
         permuted_rows("logits"),
         Relation(

@@ -97,5 +97,6 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     valid=lambda case: case["k"] <= case["E"],
+    outputs=(1, 2),
     relations=[permuted_rows("x")],
 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from reference import ops
-from reference.arithmetic import Arithmetic
+from reference.arithmetic import OVERFLOW, UNDERFLOW, UNIT_ROUNDOFF, Arithmetic
 from reference.bounds.core import (
     DIVIDE,
     EXP,
@@ -112,7 +112,8 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None, arith: Arithmetic) -> 
 
     σ = 1/(1 + e), e = exp(−g): e is off by (2|g| + EXP)·u (log2 e and the product with it), of which σ feels the part
     1 − σ; then the addition and the division. For g > 0 also 1 − 1/(1 + exp(g)), which costs one u more. g·σ and ·up: u
-    each. Near zero σ may be flushed, at η·|g·up|. A narrower intermediate stores σ and silu(g).
+    each. Near zero σ may be flushed, at η·|g·up|. A narrower intermediate stores e and 1 + e (`sigmoid_stored`), σ and
+    silu(g).
     """
     u, eta = unit(arith.accumulate), underflow(arith)
     expected = ops.swiglu(gate, up, limit)
@@ -123,6 +124,7 @@ def swiglu(gate: Tensor, up: Tensor, limit: float | None, arith: Arithmetic) -> 
     def error(count: Count) -> Tensor:
         off = sigma * sigmoid_error(gate, u) + 2 * eta
         if narrower(arith.intermediate, arith.accumulate):
+            off = off + sigmoid_stored(gate, arith)
             off = off + storing(sigma + off, arith.intermediate)
         silu = g * off * (1 + u) + u * g * sigma + eta
         if narrower(arith.intermediate, arith.accumulate):
@@ -138,3 +140,17 @@ def sigmoid_error(x: Tensor, u: float) -> Tensor:
     part = torch.sigmoid(-x)
     first = part * torch.expm1(((2 * x.abs() + EXP) * u).clamp(max=600.0))
     return first + (1 + first) * (2 + DIVIDE) * u
+
+
+def sigmoid_stored(x: Tensor, arith: Arithmetic) -> Tensor:
+    """What sigmoid(x) may lose when e = exp(±x) and 1 + e are stored in a narrower intermediate.
+
+    With y = 1/(1 + exp(|x|)) = min(σ, 1 − σ), a relative error ε of e changes y by y(1 − y)·ε and one of 1 + e by y·ε.
+    exp(|x|) beyond the intermediate's range is an infinity, and y is 0: so in float16 from |x| = 11.1 on (mx.sigmoid).
+    """
+    if not narrower(arith.intermediate, arith.accumulate):
+        return torch.zeros_like(x)
+    u = UNIT_ROUNDOFF[arith.intermediate]
+    y = torch.sigmoid(-x.abs())
+    overflows = x.abs() >= math.log(OVERFLOW[arith.intermediate]) - 2 * u * x.abs()
+    return torch.where(overflows, y, torch.minimum(y * (2 - y) * u / (1 - 2 * u), y)) + UNDERFLOW[arith.intermediate]

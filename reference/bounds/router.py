@@ -13,9 +13,9 @@ from torch import Tensor
 
 from reference import ops
 from reference.arithmetic import Arithmetic, round_to
-from reference.bounds.attention import softmax
-from reference.bounds.core import DIVIDE, EXP, SQRT, Bounded, Count, bounded, summation, underflow, unit
-from reference.bounds.pointwise import sigmoid_error
+from reference.bounds.core import DIVIDE, EXP, SQRT, Bounded, Count, bounded, narrower, summation, underflow, unit
+from reference.bounds.pointwise import sigmoid_error, sigmoid_stored
+from reference.bounds.softmax import softmax
 
 # softplus(x) = x beyond the threshold, and eˣ below its negative, leave out e^−20 ≈ 2e-9 relative; a candidate that
 # goes on with log1p(eˣ) is as right. Half of it through the square root.
@@ -27,7 +27,8 @@ def router_scores(logits: Tensor, scoring: str, arith: Arithmetic) -> Bounded:
 
     sigmoid: see `sigmoid_error`. sqrtsoftplus: e = exp(x) is off by (2|x| + EXP)·u, log1p(e) by σ(x) of that over
     softplus(x), and by EXP·u of its own (max(x, 0) + log1p(exp(−|x|)) errs less, and by one u for the sum); the square
-    root halves it and adds SQRT·u. An eˣ that is flushed changes the root by what is left of it.
+    root halves it and adds SQRT·u. A narrower intermediate stores eˣ and softplus; for sigmoid see `sigmoid_stored`. An
+    eˣ that is flushed changes the root by what is left of it.
     """
     if scoring == "softmax":
         return softmax(logits, arith)
@@ -36,12 +37,14 @@ def router_scores(logits: Tensor, scoring: str, arith: Arithmetic) -> Bounded:
     if scoring == "topk_softmax":
         return bounded(expected, lambda count: torch.zeros_like(expected), arith)
     if scoring == "sigmoid":
-        return bounded(expected, lambda count: expected * sigmoid_error(logits, u) + 2 * eta, arith)
+        stored = sigmoid_stored(logits, arith)
+        return bounded(expected, lambda count: expected * sigmoid_error(logits, u) + stored + 2 * eta, arith)
+    narrow = unit(arith.intermediate) if narrower(arith.intermediate, arith.accumulate) else 0.0
 
     def error(count: Count) -> Tensor:
         softplus = expected * expected
         share = torch.sigmoid(logits) / softplus.clamp(min=1e-300)
-        rho = torch.expm1(((2 * logits.abs() + EXP) * u).clamp(max=600.0)) * share + (EXP + 1) * u
+        rho = torch.expm1(((2 * logits.abs() + EXP) * u + narrow).clamp(max=600.0)) * share + (EXP + 1) * u + narrow
         rho = torch.where(logits > ops.SOFTPLUS_THRESHOLD, EXP * u, rho)
         root = rho / 2 * (1 + rho) + BRANCH
         flush = torch.minimum(2 * eta / expected.clamp(min=1e-300), expected)
