@@ -83,6 +83,8 @@ class Candidate:
         by_name = {a.name: given[a.name] for a in arguments if not a.positional and a.name in given}
         outputs: tuple[Array, ...] = guarded(lambda: _outputs(self.function(*by_place, **by_name)))
         for name, value in call.args.items():
+            if isinstance(value, list) and value != given[name]:
+                raise ChangedInput(f"changes its input {name}")
             for before, after in zip(_arrays([value]), _arrays([given[name]]), strict=True):
                 if before.tobytes() != take(after).tobytes():
                     raise ChangedInput(f"changes its input {name}")
@@ -91,6 +93,8 @@ class Candidate:
     def _given(self, value: Any, layout: str) -> Any:
         if isinstance(value, tuple):
             return tuple(self._given(part, layout) for part in value)
+        if isinstance(value, list):
+            return list(value)
         return give(value, self.framework, layout, self.device) if isinstance(value, np.ndarray) else value
 
 

@@ -144,12 +144,21 @@ def _built_in(name: str, told: _Told) -> Candidate:
         raise ValueError(f"the engine's own {name} is in mlx; --framework is for a --candidate")
     device = _select("mlx", told.device)
     return Candidate(
-        function=implementation(name),
+        function=_shipped_decoder(device.name) if name == "decoder" else implementation(name),
         framework="mlx",
         name=BUILT_IN,
         claims=lambda dtype: {**claims(name, device, dtype), **told.claims},
         dtypes=told.dtypes,
     )
+
+
+def _shipped_decoder(device: str) -> Any:
+    """The engine with the shipped model, in float32."""
+    from audits.cases import SHIPPED_FOLDER
+    from engine.decoding import Decoding
+    from engine.generate import load as load_engine
+
+    return Decoding(load_engine(SHIPPED_FOLDER, dtype="float32", device=device))
 
 
 def _select(framework: str, device: str | None) -> Any:

@@ -74,12 +74,14 @@ class Run(Protocol):
 class Relation:
     """A property that needs no reference: `check` calls the candidate again and says what is wrong, or None.
 
-    `check(run, call, outputs, case)`: `outputs` are those of `call`. `applies` says for which cases it means something.
+    `check(run, call, outputs, case)`: `outputs` are those of `call`. `applies` says for which cases it means something,
+    `needs` which optional arguments the candidate must take.
     """
 
     name: str
     check: Callable[[Run, Call, Outputs, Case], str | None]
     applies: Callable[[Case], bool] = lambda case: True
+    needs: Sequence[str] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +113,14 @@ class Contract:
     outputs: Sequence[int] = (1,)
     words: bool = False
     dtype_key: Callable[[Case], str] = lambda case: str(case["dtype"])
+    session: str = ""
+    adapt: Callable[[Candidate], Candidate] = lambda candidate: candidate
     examples: int = 40  # cases that Hypothesis draws in a quick run
 
     @property
     def arguments(self) -> tuple[Argument, ...]:
         """What a candidate is called with."""
-        return arguments_of(self.signature)
+        return arguments_of(self.session or self.signature)
 
     def audit(
         self,

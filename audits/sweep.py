@@ -63,6 +63,7 @@ class Sweep:
     output_dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.candidate = self.contract.adapt(self.candidate)
         self.lacking = self.candidate.lacks(self.contract.arguments)
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
@@ -152,7 +153,8 @@ class Sweep:
         yield from self._drawn(dtypes, self.contract.examples * (FULL_EXAMPLES if full else 1), seed)
 
     def _relations(self, case: Case) -> Iterator[Relation]:
-        return (r for r in (*COMMON, *self.contract.relations) if r.applies(case))
+        known = (*COMMON, *self.contract.relations)
+        return (r for r in known if r.applies(case) and not set(r.needs) & set(self.lacking))
 
     def _layouts(self, plain: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """Each array operand of a base case in each layout, one at a time."""

@@ -1,0 +1,103 @@
+"""Driving a whole model: a sequence of calls with one cache, as prefill, decode, chunks or drafts would make them.
+
+A decoder is called as decoder(tokens [B, n], cache=None) and returns logits [B, n, V], or those and a cache to be
+passed to the next call. In place of that it may offer `make_cache()` (and `make_cache(left_padding=[…])` for batches of
+unequal lengths): a cache, or a list of them a layer, that the calls update. `vocab_size` says which ids there are.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from audits.candidate import Candidate, guarded
+from audits.frameworks import give, take
+
+VOCABULARY = 32  # ids below this are used where a decoder doesn't say how many it has
+
+
+def vocabulary(candidate: Candidate) -> int:
+    """How many ids the decoder takes."""
+    return int(getattr(candidate.function, "vocab_size", VOCABULARY))
+
+
+def adapted(candidate: Candidate) -> Candidate:
+    """The candidate as a function of a whole session, session(tokens, *, chunks, draft, left_padding) -> logits.
+
+    chunks: how many tokens each call gets, in order (None: one call without a cache). draft: after that many tokens,
+    feed three others and take them back. Its signature leaves out what the candidate offers no means for.
+    """
+    decoder = candidate.function
+    parameters: dict[str, inspect.Parameter] = {}
+    with suppress(TypeError, ValueError):
+        parameters = dict(inspect.signature(decoder).parameters)
+    make = getattr(decoder, "make_cache", None)
+    offered = ["tokens"]
+    if "cache" in parameters and (make is not None or _returns_cache(candidate)):
+        offered.append("chunks")
+        if make is not None and _trims(guarded(make)):
+            offered.append("draft")
+    if make is not None and "left_padding" in inspect.signature(make).parameters:
+        offered.append("left_padding")
+    session = _session(decoder, make, candidate.framework)
+    session.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what inspect.signature looks at first
+        [
+            inspect.Parameter(name, _KEYWORD if name != "tokens" else inspect.Parameter.POSITIONAL_OR_KEYWORD)
+            for name in offered
+        ]
+    )
+    session.vocab_size = vocabulary(candidate)  # type: ignore[attr-defined]
+    return replace(candidate, function=session)
+
+
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+def _session(decoder: Any, make: Any, framework: str) -> Callable[..., Any]:
+    def session(
+        tokens: Any,
+        *,
+        chunks: Sequence[int] | None = None,
+        draft: int | None = None,
+        left_padding: Sequence[int] | None = None,
+    ) -> Any:
+        if chunks is None and left_padding is None:
+            return _logits(decoder(tokens))[0]
+        cache = None if make is None else make() if left_padding is None else make(left_padding=list(left_padding))
+        parts, at = [], 0
+        for n in chunks or (tokens.shape[1],):
+            if draft is not None and at == draft:
+                wrong = give(((take(tokens[:, :3]) + 1) % 7).astype(np.int32), framework)
+                decoder(wrong, cache=cache)
+                for one in _layers(cache):
+                    one.trim(wrong.shape[1])
+            logits, cache = _logits(decoder(tokens[:, at : at + n], cache=cache), cache)
+            parts.append(take(logits))
+            at += n
+        return np.concatenate(parts, axis=1)
+
+    return session
+
+
+def _logits(result: Any, cache: Any = None) -> tuple[Any, Any]:
+    """The logits of one call, and the cache to go on with."""
+    return (result[0], result[1]) if isinstance(result, tuple) else (result, cache)
+
+
+def _layers(cache: Any) -> list[Any]:
+    return list(cache) if isinstance(cache, list | tuple) else [cache]
+
+
+def _trims(cache: Any) -> bool:
+    """Whether every layer's cache can take back tokens."""
+    return all(hasattr(one, "trim") and getattr(one, "is_trimmable", lambda: True)() for one in _layers(cache))
+
+
+def _returns_cache(candidate: Candidate) -> bool:
+    tokens = give(np.zeros((1, 2), dtype=np.int32), candidate.framework, device=candidate.device)
+    return isinstance(guarded(lambda: candidate.function(tokens)), tuple)
