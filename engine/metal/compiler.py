@@ -25,8 +25,8 @@ from engine.metal.errors import CompileError, MetalError
 
 HOST = Path(__file__).parent / "host"
 _RUNTIME = (
-    "fiber.cpp", "guard_gaps.cpp", "host_threads.cpp", "runtime.cpp", "scheduler.cpp", "signals.cpp",
-    "threadgroup_memory.cpp", "worker.cpp",
+    "address_space.cpp", "guard_gaps.cpp", "host_threads.cpp", "runtime.cpp", "scheduler.cpp",
+    "signals.cpp", "threadgroup_memory.cpp", "worker.cpp",
 )  # fmt: skip
 _CHECKERS = "check*.cpp"
 # What a source may include of Metal's own. While preprocessing they are empty, so that only the user's text is
@@ -68,11 +68,17 @@ _CHECKED = (
 _DIAGNOSTIC = re.compile(r"^(?P<file>[^\n:]+):(?P<line>\d+):\d+: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
 
 
-@functools.cache
 def command() -> tuple[str, ...]:
-    """The compiler's command line. Raises MetalError when there is none."""
-    if own := os.environ.get("ASSAY_CXX"):
-        return tuple(shlex.split(own))
+    """The compiler's command line, by what ASSAY_CXX says now. Raises MetalError when there is none."""
+    own = os.environ.get("ASSAY_CXX")
+    if own is not None and own != "":
+        try:
+            words = tuple(shlex.split(own))
+        except ValueError as error:
+            raise MetalError(f"ASSAY_CXX={own!r} is no command line: {error}") from None
+        if not words:
+            raise MetalError(f"ASSAY_CXX={own!r} names no compiler: unset it, or name a clang++ (16 or later)")
+        return words
     if find_spec("ziglang") is None:
         raise MetalError(
             "no compiler for Metal kernels: `pip install ziglang`, or set ASSAY_CXX to a clang++ (16 or later)"
@@ -80,18 +86,36 @@ def command() -> tuple[str, ...]:
     return (sys.executable, "-m", "ziglang", "c++")
 
 
+# Apple numbers its clangs after Xcode: its 15 is LLVM's 16.
+_OLDEST, _OLDEST_OF_APPLE = 16, 15
+
+
 @functools.cache
-def _identity() -> str:
-    """Compiler version and processor: the default compiler tunes for the machine that it runs on."""
-    if os.environ.get("ASSAY_CXX"):
-        version = subprocess.run([*command(), "--version"], capture_output=True, text=True, check=False).stdout
-    else:
-        version = "ziglang " + metadata.version("ziglang")
+def _version(words: tuple[str, ...]) -> str:
+    """What a compiler that ASSAY_CXX names calls itself. Raises MetalError for one that isn't clang 16 or later."""
+    asked = ["-E", "-P", "-x", "c++", "-"]
+    done = _start([*words, *asked], "answer __clang_major__ __apple_build_version__ __clang_version__")
+    answer, *said = [*done.stdout.split(None, 3), ""]
+    known = done.returncode == 0 and answer == "answer" and len(said) == 4 and said[0].isdigit()
+    if not known or int(said[0]) < (_OLDEST_OF_APPLE if said[1].isdigit() else _OLDEST):
+        what = f"clang {said[2].strip().strip(chr(34))}" if known else "no clang"
+        raise MetalError(
+            f"ASSAY_CXX={shlex.join(words)!r} is {what}: kernels need clang++ 16 or later (Apple's 15); "
+            "unset it to use ziglang's"
+        )
+    return done.stdout + _start([*words, "--version"]).stdout
+
+
+@functools.cache
+def _identity(words: tuple[str, ...], chosen: bool) -> str:
+    """Compiler, whether ASSAY_CXX has chosen it, and processor: the default compiler tunes for the one it runs on."""
+    own = "\0".join(words) + _version(words) if chosen else ""
     cpuinfo = Path("/proc/cpuinfo")
     flags = ""
     if cpuinfo.exists():
         flags = next((line for line in cpuinfo.read_text().splitlines() if line.startswith(("flags", "Features"))), "")
-    return "\n".join((version, platform.platform(), platform.machine(), platform.processor(), flags))
+    named = own or "ziglang " + metadata.version("ziglang")
+    return "\n".join((named, platform.platform(), platform.machine(), platform.processor(), flags))
 
 
 def cache_folder() -> Path:
@@ -127,7 +151,8 @@ def _host_text() -> str:
 
 
 def _key(*parts: str) -> str:
-    return hashlib.sha256("\0".join((_identity(), _host_text(), *parts)).encode()).hexdigest()[:32]
+    made_by = _identity(command(), bool(os.environ.get("ASSAY_CXX")))
+    return hashlib.sha256("\0".join((made_by, _host_text(), *parts)).encode()).hexdigest()[:32]
 
 
 def _target_flags(checked: bool) -> tuple[str, ...]:
@@ -144,11 +169,18 @@ def _target_flags(checked: bool) -> tuple[str, ...]:
     return tuple(flags)
 
 
-def _run(arguments: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
+def _run(arguments: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    words = command()
+    if os.environ.get("ASSAY_CXX"):
+        _version(words)
+    return _start([*words, *arguments])
+
+
+def _start(words: Sequence[str], text: str | None = None) -> subprocess.CompletedProcess[str]:
     try:
-        return subprocess.run([*command(), *arguments], input=text, capture_output=True, text=True, check=False)
+        return subprocess.run(words, input=text, capture_output=True, text=True, check=False)
     except OSError as error:
-        raise MetalError(f"the compiler {command()[0]} does not start: {error}") from None
+        raise MetalError(f"the compiler {words[0]} does not start: {error}") from None
 
 
 def diagnose(output: str, rename: Mapping[str, str] | None = None) -> CompileError:
@@ -250,7 +282,8 @@ def module(text: str, *, checked: bool) -> Path:
 def worker(*, checked: bool) -> Path:
     """The worker's executable, from the cache when it is there."""
     sources = [HOST / name for name in _RUNTIME] + (sorted(HOST.glob(_CHECKERS)) if checked else [])
-    flags = [*_COMMON, "-pthread", *(("-DASSAY_CHECKED",) if checked else ())]
+    # The function that every barrier calls is a leaf: 3% of a matmul with one output a thread.
+    flags = [*_COMMON, "-pthread", "-DASSAY_CHECKED" if checked else "-momit-leaf-frame-pointer"]
     flags += [] if sys.platform == "darwin" else ["-rdynamic", "-ldl"]
     kept = cache_folder() / f"worker-{_key('worker', *flags)}"
     if kept.exists():

@@ -55,13 +55,46 @@ def _guarded(source: Source, first: int, end: int) -> set[str]:
     }
 
 
-def _references(source: Source) -> dict[str, tuple[set[str], set[str]]]:
+def _dead(source: Source, values: Mapping[str, str]) -> list[tuple[int, int]]:
+    """Token ranges of branches that a constant's value takes away: `if (c) {…}`, `if (!c) {…}` and their `else {…}`.
+
+    A function constant without a value may be named there: the specialised function doesn't read it.
+    """
+    dead = []
+    for at, token in enumerate(source.tokens):
+        close = source.scanner.pairs.get(at + 1)
+        if token.was != "if" or close is None or source.scanner.word(close + 1) != "{":
+            continue
+        negated = source.scanner.word(at + 2) == "!"
+        name = source.scanner.word(close - 1)
+        if close != at + 3 + negated or values.get(name) not in ("true", "false"):
+            continue
+        taken = source.scanner.pairs.get(close + 1, close + 1)
+        if (values[name] == "true") == negated:
+            dead.append((close + 1, taken))
+        elif source.scanner.word(taken + 1) == "else" and taken + 2 in source.scanner.pairs:
+            dead.append((taken + 2, source.scanner.pairs[taken + 2]))
+    return dead
+
+
+def _names(source: Source, first: int, end: int, dead: Sequence[tuple[int, int]]) -> set[str]:
+    """The names in a range of tokens, those in dead branches left out."""
+    within = [(low, high) for low, high in dead if first <= low and high <= end]
+    return {
+        source.tokens[at].was
+        for at in range(first, end)
+        if source.tokens[at].kind == "name" and not any(low < at < high for low, high in within)
+    }
+
+
+def _references(source: Source, values: Mapping[str, str]) -> dict[str, tuple[set[str], set[str]]]:
     """For each function and variable at namespace scope: the names in it, and the constants that it guards.
 
     A constant that keeps the answer (`constant bool use = is_function_constant_defined(n)`) guards where it is used.
     """
     found: dict[str, tuple[set[str], set[str]]] = {}
     declared = source.scanner.found
+    dead = _dead(source, values)
     spans = [(f.name, f.first, f.end) for f in declared.functions]
     answers: dict[str, set[str]] = {}
     for span in declared.variables:
@@ -74,7 +107,7 @@ def _references(source: Source) -> dict[str, tuple[set[str], set[str]]]:
             answers[head[stop - 1].was] = _guarded(source, span.first, span.end)
     for name, first, end in spans:
         names_in, guarded = found.setdefault(name, (set(), set()))
-        names_in |= {token.was for token in source.tokens[first:end] if token.kind == "name"}
+        names_in |= _names(source, first, end, dead)
         guarded |= _guarded(source, first, end).union(*(answers.get(used, set()) for used in names_in - {name}))
     return found
 
@@ -83,12 +116,13 @@ def require(source: Source, kernel: KernelDeclaration, values: Mapping[str, str]
     """Metal refuses a pipeline whose function reads a constant without a value; so does the host.
 
     A read counts unless the same function or variable asks is_function_constant_defined about that constant, itself or
-    through a constant that keeps the answer.
+    through a constant that keeps the answer, and unless it lies in a branch that another constant's value takes away
+    (llama.cpp leaves out what only such branches read).
     """
     missing: dict[str, FunctionConstant] = {n: c for n, c in source.constants.items() if n not in values}
     if not missing:
         return
-    references = _references(source)
+    references = _references(source, values)
     pending = [kernel.function.name]
     if kernel.entry:
         pending += [token.was for token in source.tokens[slice(*kernel.entry)]]

@@ -8,8 +8,8 @@ hit the guard gaps, time-outs and crashes.
 from __future__ import annotations
 
 import signal
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from engine.metal.lines import Place, user_place
@@ -21,6 +21,7 @@ KINDS = (
 )  # fmt: skip
 _SPACES = ("device", "constant", "threadgroup", None)
 _NO_BUFFER = -(2**31)
+_GUESSED = 1  # FaultRecord.op of an access whose buffer isn't certain (host/worker.h)
 _OPS = (
     "a simd reduction", "a simd prefix operation", "a simd vote", "simd_broadcast_first", "a simd shuffle",
     "simd_broadcast", "a quad operation", "simdgroup_barrier", "a simdgroup matrix operation", "a simdgroup async copy",
@@ -60,6 +61,7 @@ class Launched:
     threads: Triple
     threadgroups: Triple
     constant_buffers: frozenset[int]
+    unbound: frozenset[int]
     variables: Mapping[int, str]
     timeout: float
 
@@ -88,6 +90,8 @@ def read(record: FaultRecord, launched: Launched) -> Fault | None:
         message += (
             f" ({other.file}:{other.line})" if place is None or other.file != place.file else f" (line {other.line})"
         )
+    if kind.startswith("out-of-bounds") and record.bound == 0 and record.buffer >= 0 and space != "threadgroup":
+        message += " (it isn't bound)" if record.buffer in launched.unbound else ""
     if record.buffer < 0:
         message = message.replace(f"threadgroup({record.buffer})", _buffer_name(record, launched, space))
     return Fault(
@@ -106,6 +110,32 @@ def read(record: FaultRecord, launched: Launched) -> Fault | None:
         message=f"{launched.kernel}{_at(place, ', ')}: {message}",
         kernel=launched.kernel,
     )
+
+
+def merged(found: Sequence[Fault]) -> tuple[Fault, ...]:
+    """The same faults, with the parts of one access as one: the compiler splits a float4 into four floats."""
+    kept: list[Fault] = []
+    for fault in found:
+        before = next((at for at, other in enumerate(kept) if _continues(fault, other)), None)
+        if before is None:
+            kept.append(fault)
+            continue
+        first = kept[before]
+        size = max((first.size or 0), (fault.offset or 0) - (first.offset or 0) + (fault.size or 0))
+        message = first.message.replace(f" {first.size} bytes at ", f" {size} bytes at ", 1)
+        kept[before] = replace(first, size=size, message=message)
+    return tuple(kept)
+
+
+def _continues(fault: Fault, other: Fault) -> bool:
+    """Whether a fault is of the same thread, line and memory as an earlier one, and of the bytes in or next to its."""
+    named = ("kind", "address_space", "buffer", "variable", "thread", "threadgroup", "file", "line")
+    parties = ("other_thread", "other_line")
+    if fault.line is None or fault.thread is None or None in (fault.offset, other.offset, fault.size, other.size):
+        return False
+    assert fault.offset is not None and other.offset is not None and other.size is not None  # for the type checker
+    inside = other.offset <= fault.offset <= other.offset + other.size
+    return inside and all(getattr(fault, name) == getattr(other, name) for name in named + parties)
 
 
 def _at(place: Place | None, before: str) -> str:
@@ -157,10 +187,15 @@ def _words(
                 else " far outside every buffer"
             )
         return f"{cause}{where}" + (f", {who}" if who else "")
-    side = f"+{record.offset}" if record.offset >= 0 else str(record.offset)
-    found = f"{kind} {_buffer_name(record, launched, space)}{side} of {record.bound} bytes"
-    return (
-        found
-        + (f", {record.size} bytes long" if record.size > 1 else "")
-        + (f", {who}" if who else ", found after the run")
-    )
+    return _out_of_bounds(record, _buffer_name(record, launched, space), who, kind.removeprefix("out-of-bounds-"))
+
+
+def _out_of_bounds(record: FaultRecord, name: str, who: str, verb: str) -> str:
+    """Words for what no checker saw: a broken guard gap (thread unknown), or a signal (size unknown)."""
+    offset, bound = record.offset, record.bound
+    side = f"{-offset} bytes before it begins" if offset < 0 else f"{offset - bound} bytes past its end"
+    size = f"{record.size} bytes " if record.size else ""
+    found = f"{who or 'a thread'} {verb}s {size}at {name}{offset:+}: {side}, it has {bound} bytes"
+    if record.op == _GUESSED:
+        found += "; far from every buffer, so this is a guess"
+    return found if who else found + "; found after the run"

@@ -22,7 +22,18 @@ from engine.metal import library, parameters, source
 from engine.metal.arguments import Argument, argument, place
 from engine.metal.errors import CompileError, MetalError
 from engine.metal.faults import Fault
-from engine.metal.launch import Compiled, Options, Run, Shape, Size, Stats, check_options, shape
+from engine.metal.launch import (
+    Compiled,
+    Options,
+    Run,
+    Shape,
+    Size,
+    Stats,
+    check_bound,
+    check_options,
+    check_outputs,
+    shape,
+)  # fmt: skip
 
 # NumPy's types of function constants by Metal's.
 _TYPES = {
@@ -109,8 +120,10 @@ class Library(library.Library):
             )
             made = self._device.newComputePipelineStateWithFunction_error_(function, None)
             pipeline = _checked(made, CompileError)
+            found = parameters.parameters(self._source, declared)
             compiled = Compiled(
-                name=name, parameters=parameters.parameters(self._source, declared), module=Path(), variables={},
+                name=name, parameters=found, module=Path(), variables={},
+                optional=parameters.optional(self._source, declared, found, self._values),
                 most_threads=int(pipeline.maxTotalThreadsPerThreadgroup()), checked=False,
             )  # fmt: skip
             self._ready[name] = Kernel(self, compiled, pipeline)
@@ -145,61 +158,63 @@ class Kernel(library.Kernel):
         check_options(self._compiled, options)
         dispatch = shape(threads, threadgroups, grid, self._compiled.most_threads)
         bound = self._bind(buffers, outputs)
-        made = self._buffers(bound, outputs)
+        made, offsets = self._buffers(bound, outputs)
         command = self._owner._queue.commandBuffer()
-        self._encode(command, dispatch, made, memory, whole=grid is None)
+        self._encode(command, dispatch, made, offsets, memory, whole=grid is None)
         command.commit()
         faults = self._wait(command, timeout)
         if not faults:
             for index, given in bound.items():
                 if given.target is not None:
-                    given.target[:] = np.frombuffer(made[index].contents().as_buffer(given.data.size), np.uint8)
+                    at, end = offsets[index], offsets[index] + given.data.size
+                    given.target[:] = np.frombuffer(made[index].contents().as_buffer(end), np.uint8)[at:]
         stats = Stats(
             threadgroups=int(np.prod(dispatch.threadgroups, dtype=np.int64)), barriers=0, loads={}, stores={},
             simdgroup_matrix_operations=0,
             threadgroup_memory_bytes=sum(memory.values()) + int(self._pipeline.staticThreadgroupMemoryLength()),
             seconds=command.GPUEndTime() - command.GPUStartTime(), wall_seconds=time.perf_counter() - began,
         )  # fmt: skip
-        return Run(kernel=self.name, device=f"gpu ({self._owner._device.name()})", faults=faults, stats=stats)
+        return Run(
+            kernel=self.name, device=f"gpu ({self._owner._device.name()})", faults=faults, stats=stats,
+            completed=not faults,
+        )  # fmt: skip
 
     def _bind(self, buffers: Mapping[int, object], outputs: Sequence[int]) -> dict[int, Argument]:
         known = self._compiled.buffers
-        for index in {*buffers, *outputs}:
-            if index not in known:
-                raise MetalError(f"{self.name} has no buffer({index}); it has {sorted(known)}")
+        check_bound(self._compiled, buffers)
         written = {i: p.address_space == "device" and "const" not in p.type_text.split() for i, p in known.items()}
-        bound = {i: argument(i, known[i].name, value, written=written[i]) for i, value in buffers.items()}
+        given = {i: value for i, value in buffers.items() if value is not None}
+        bound = {i: argument(i, known[i].name, value, written=written[i]) for i, value in given.items()}
         for index in outputs:
             if index not in bound or bound[index].target is None:
                 raise MetalError(f"outputs names buffer({index}), which is no array that {self.name} writes")
         return bound
 
-    def _buffers(self, bound: Mapping[int, Argument], outputs: Sequence[int]) -> dict[int, Any]:
-        """An MTLBuffer an index; indices with one and the same array share one."""
-        slots, _ = place(bound)
-        made: dict[int, Any] = {}
-        by_offset: dict[int, Any] = {}
+    def _buffers(self, bound: Mapping[int, Argument], outputs: Sequence[int]) -> tuple[dict[int, Any], dict[int, int]]:
+        """An MTLBuffer an index and the offset in it: arrays that share memory share one."""
+        slots, pieces, _ = place(bound)
+        check_outputs(slots, outputs)
         shared = self._owner._metal.MTLResourceStorageModeShared
+        owned: dict[int, Any] = {}
+        for index, piece in pieces.items():
+            owned[index] = self._owner._device.newBufferWithLength_options_(max(piece.size, 1), shared)
+            if owned[index] is None:
+                raise MetalError(f"buffer({index}): the GPU has no room for {piece.size} bytes")
+        offsets = {index: slot.offset - pieces[slot.owner].offset for index, slot in slots.items()}
         for index, slot in slots.items():
-            if slot.alias:
-                made[index] = by_offset[slot.offset]
-                continue
-            buffer = self._owner._device.newBufferWithLength_options_(max(slot.size, 1), shared)
-            if buffer is None:
-                raise MetalError(f"buffer({index}): the GPU has no room for {slot.size} bytes")
-            buffer.contents().as_buffer(max(slot.size, 1))[: slot.size] = (
-                b"\xff" * slot.size if index in outputs else bound[index].data.tobytes()
-            )
-            made[index] = by_offset[slot.offset] = buffer
-        return made
+            contents = owned[slot.owner].contents().as_buffer(max(pieces[slot.owner].size, 1))
+            data = b"\xff" * slot.size if index in outputs else bound[index].data.tobytes()
+            contents[offsets[index] : offsets[index] + slot.size] = data
+        return {index: owned[slot.owner] for index, slot in slots.items()}, offsets
 
     def _encode(
-        self, command: Any, dispatch: Shape, made: Mapping[int, Any], memory: Mapping[int, int], *, whole: bool
-    ) -> None:
+        self, command: Any, dispatch: Shape, made: Mapping[int, Any], offsets: Mapping[int, int],
+        memory: Mapping[int, int], *, whole: bool,
+    ) -> None:  # fmt: skip
         encoder = command.computeCommandEncoder()
         encoder.setComputePipelineState_(self._pipeline)
         for index, buffer in made.items():
-            encoder.setBuffer_offset_atIndex_(buffer, 0, index)
+            encoder.setBuffer_offset_atIndex_(buffer, offsets[index], index)
         for index, size in memory.items():
             padded = -(-size // _THREADGROUP_ALIGNMENT) * _THREADGROUP_ALIGNMENT
             encoder.setThreadgroupMemoryLength_atIndex_(padded, index)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from engine.metal import faults, worker
-from engine.metal.arguments import Argument, Bytes, Slot, argument, place
+from engine.metal.arguments import Argument, Bytes, Element, Piece, Slot, argument, check_dtype, place
 from engine.metal.errors import MetalError
 from engine.metal.faults import Fault, Triple
 from engine.metal.parameters import Parameter
@@ -51,17 +51,19 @@ class Stats:
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """The outcome of a launch: arrays have been written in place unless it crashed or timed out."""
+    """The outcome of a launch. `completed`: the kernel ran to its end, and arrays have been written in place."""
 
     kernel: str
     device: str
     faults: tuple[Fault, ...]
     stats: Stats
+    completed: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
-    """A compiled kernel: `module` holds its code, `variables` names its threadgroup variables by number."""
+    """A compiled kernel: `module` holds its code, `variables` names its threadgroup variables by number, `optional` are
+    the buffers that a launch may leave out."""
 
     name: str
     parameters: tuple[Parameter, ...]
@@ -69,6 +71,7 @@ class Compiled:
     module: Path
     variables: Mapping[int, str]
     checked: bool
+    optional: frozenset[int] = frozenset()
 
     @cached_property
     def buffers(self) -> dict[int, Parameter]:
@@ -149,6 +152,39 @@ def _limit(kernel: Compiled, total: int) -> None:
         raise MetalError(f"{kernel.name} uses {total} bytes of threadgroup memory; a GPU has {MOST_THREADGROUP_BYTES}")
 
 
+def check_bound(kernel: Compiled, buffers: Mapping[int, object]) -> None:
+    """Raises MetalError for a buffer that the kernel doesn't have, and for one that it has and nobody mentions."""
+    for index in buffers:
+        if index not in kernel.buffers:
+            raise MetalError(f"{kernel.name} has no buffer({index}); it has {sorted(kernel.buffers)}")
+    missing = kernel.buffers.keys() - buffers.keys() - kernel.optional
+    if missing:
+        named = ", ".join(f"buffer({i}) {kernel.buffers[i].name!r}" for i in sorted(missing))
+        raise MetalError(
+            f"{kernel.name}: nothing is bound to {named}; pass {{{min(missing)}: None}} for what the kernel doesn't use"
+        )
+
+
+def check_outputs(slots: Mapping[int, Slot], outputs: Sequence[int]) -> None:
+    """Raises MetalError for an output whose memory is also another buffer's, which isn't one."""
+    for index in outputs:
+        for other, slot in slots.items():
+            if slot.owner == slots[index].owner and other not in outputs:
+                raise MetalError(
+                    f"outputs names buffer({index}), but buffer({other}) shares its memory: what it holds matters"
+                )
+
+
+def schedule(value: object) -> int | None:
+    """A schedule's seed, from 0 to 2**64 - 1."""
+    if value is None:
+        return None
+    whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not whole or not 0 <= int(value) < 2**64:  # type: ignore[call-overload]
+        raise MetalError(f"schedule_seed={value!r}: an integer from 0 to 2**64 - 1 is wanted, or None")
+    return int(value)  # type: ignore[call-overload, no-any-return]
+
+
 class Launch:
     """A launch of one kernel on one worker."""
 
@@ -157,27 +193,25 @@ class Launch:
         self.kernel, self.worker, self.shape, self.options = kernel, process, dispatch, options
         self.number, infos = process.load(kernel.module)[kernel.name]
         pairs = zip(kernel.parameters, infos, strict=True)
-        # (size, align, const, pointer, reference) of each buffer, as C++ has deduced them.
+        # (size, align, const, pointer, reference, element, element's size) of each buffer, as C++ has deduced them.
         self.infos = {p.index: info for p, info in pairs if p.kind == "buffer" and p.index is not None}
 
     def bind(self, buffers: Mapping[int, object]) -> dict[int, Argument | None]:
         """An Argument for each buffer of the kernel, None for those that aren't bound."""
         kernel = self.kernel
-        for index in buffers:
-            if index not in kernel.buffers:
-                raise MetalError(f"{kernel.name} has no buffer({index}); it has {sorted(kernel.buffers)}")
+        check_bound(kernel, buffers)
         found: dict[int, Argument | None] = {}
         for index, parameter in kernel.buffers.items():
-            size, _, const, _, reference = self.infos[index]
-            if index not in buffers:
+            size, _, const, _, reference, element, element_size = self.infos[index]
+            value = buffers.get(index)
+            if value is None:
                 found[index] = None
                 continue
-            given = found[index] = argument(index, parameter.name, buffers[index], written=not const)
+            given = found[index] = argument(index, parameter.name, value, written=not const)
+            label = f"buffer({index}) {parameter.name!r}"
+            check_dtype(label, parameter.type_text, value, Element(chr(element), element_size))
             if reference and given.data.size < size:
-                raise MetalError(
-                    f"buffer({index}) {parameter.name!r} is a {parameter.type_text} of {size} bytes, "
-                    f"not of {given.data.size}"
-                )
+                raise MetalError(f"{label} is a {parameter.type_text} of {size} bytes, not of {given.data.size}")
         for index in self.options.outputs:
             bound = found.get(index)
             if bound is None or bound.target is None:
@@ -187,17 +221,26 @@ class Launch:
     def run(self, buffers: Mapping[int, object], began: float) -> Run:
         """Launch and wait; `began` is when the caller started (time.perf_counter)."""
         arguments = self.bind(buffers)
-        slots, end = place(arguments)
-        self.worker.reserve(end + _SLACK)
-        layout = (end, tuple(slots.items()))
-        self._describe(end, fresh=layout != self.worker.layout)
+        # A load from a reference may be hoisted out of its condition: it still finds memory where None is bound.
+        self.unbound = frozenset(i for i, given in arguments.items() if given is None)
+        unbound = {i: self.infos[i][0] for i in self.unbound if self.infos[i][4]}
+        slots, pieces, end = place(arguments, unbound)
+        check_outputs(slots, self.options.outputs)
+        self.worker.reserve(end)
+        layout = tuple(slots.items())
+        self._describe(fresh=layout != self.worker.layout)
+        self.worker.layout = None
         whole: Bytes = np.frombuffer(self.worker.memory, np.uint8)
+        self._bind_pieces(slots, pieces)
         for index, slot in slots.items():
-            self._copy_in(whole, index, slot, arguments[index])
+            given = arguments[index]
+            if given is not None:
+                place_in = whole[slot.offset : slot.offset + slot.size]
+                place_in[:] = 0xFF if index in self.options.outputs else given.data
         ended = self.worker.run(self.options.timeout)
-        self.worker.layout = layout if ended is None else None
         control = self.worker.control
         if ended is None:
+            self.worker.layout = layout
             _limit(self.kernel, control.counts.threadgroup_bytes)
             for index, slot in slots.items():
                 given = arguments[index]
@@ -205,9 +248,10 @@ class Launch:
                     given.target[:] = whole[slot.offset : slot.offset + slot.size]
         found = self._faults(control, ended)
         wall = time.perf_counter() - began
-        return Run(kernel=self.kernel.name, device="host", faults=found, stats=_stats(control, self.kernel, wall))
+        stats = _stats(control, self.kernel, wall)
+        return Run(kernel=self.kernel.name, device="host", faults=found, stats=stats, completed=ended is None)
 
-    def _describe(self, end: int, *, fresh: bool) -> None:
+    def _describe(self, *, fresh: bool) -> None:
         """Fill the control page, but for the buffers."""
         control, options, dispatch = self.worker.control, self.options, self.shape
         ctypes.memset(ctypes.addressof(control), 0, worker.Control.faults.offset)
@@ -216,22 +260,26 @@ class Launch:
         control.threads = worker.Vec3(*dispatch.threads)
         control.grid = worker.Vec3(*dispatch.grid)
         control.flags = worker.FLAG_POISON * options.poison | worker.FLAG_SEEDED * (options.seed is not None)
-        control.flags |= worker.FLAG_FRESH_CANARIES * fresh
-        control.seed = (options.seed or 0) & (2**64 - 1)
+        control.flags |= worker.FLAG_FRESH_LAYOUT * fresh
+        control.seed = options.seed or 0
         control.timeout_microseconds = max(1, int(options.timeout * 1e6))
         control.host_threads = _host_threads(dispatch)
-        control.arena_begin, control.arena_end = worker.CONTROL_BYTES, end
         for index, size in options.memory.items():
             control.threadgroup_memory[index] = size
 
-    def _copy_in(self, whole: Bytes, index: int, slot: Slot, given: Argument | None) -> None:
-        output = index in self.options.outputs
-        constant = self.kernel.buffers[index].address_space == "constant"
-        self.worker.control.buffers[index] = worker.Binding(
-            slot.offset, slot.size, not slot.alias, not self.infos[index][2], not output, constant
-        )
-        if given is not None and not slot.alias:
-            whole[slot.offset : slot.offset + slot.size] = 0xFF if output else given.data
+    def _bind_pieces(self, slots: Mapping[int, Slot], pieces: Mapping[int, Piece]) -> None:
+        bindings, outputs = self.worker.control.buffers, self.options.outputs
+        for index, slot in slots.items():
+            piece = pieces.get(index)
+            if piece is None:
+                bindings[index] = worker.Binding(offset=slot.offset, owner=slot.owner)
+                continue
+            # Written through one of its bindings, memory may be written.
+            writable = any(not self.infos[i][2] for i, other in slots.items() if other.owner == index)
+            constant = self.kernel.buffers[index].address_space == "constant"
+            bindings[index] = worker.Binding(
+                slot.offset, piece.size, piece.room, index, True, writable, index not in outputs, constant
+            )
 
     def _faults(self, control: worker.Control, ended: str | None) -> tuple[Fault, ...]:
         kernel = self.kernel
@@ -241,20 +289,17 @@ class Launch:
             threads=self.shape.threads,
             threadgroups=self.shape.threadgroups,
             constant_buffers=frozenset(i for i, p in kernel.buffers.items() if p.address_space == "constant"),
+            unbound=self.unbound,
             variables=kernel.variables,
             timeout=self.options.timeout,
         )
         records = [control.faults[i] for i in range(min(control.fault_count, worker.MOST_FAULTS))]
-        if ended is not None and not any(faults.KINDS[record.kind] in ("crash", "timeout") for record in records):
+        if ended in ("crash", "timeout"):
             nothing = dict.fromkeys(("op", "thread", "other_thread", "threadgroup", "other_threadgroup"), -1)
             kind = faults.KINDS.index(ended)
             records.append(worker.FaultRecord(kind=kind, space=3, buffer=_NOT_A_BUFFER, **nothing))
         found = [fault for record in records if (fault := faults.read(record, launched)) is not None]
-        return tuple(fault for fault in found if not _seen_happen(fault, found))
-
-
-# Behind the last gap, so that a load from an unbound buffer that was hoisted out of its condition still finds memory.
-_SLACK = 1 << 20
+        return faults.merged([fault for fault in found if not _seen_happen(fault, found)])
 
 
 def _seen_happen(fault: Fault, found: Sequence[Fault]) -> bool:

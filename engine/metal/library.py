@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.metal import compiler, parameters, source
 from engine.metal.constants import values_of
 from engine.metal.errors import MetalError
-from engine.metal.launch import MOST_THREADS, Compiled, Launch, Options, Run, Size, shape
+from engine.metal.launch import MOST_THREADS, Compiled, Launch, Options, Run, Size, schedule, shape
 from engine.metal.parameters import Parameter
 from engine.metal.rewrite import rewrite
 from engine.metal.worker import Worker
@@ -58,13 +58,13 @@ class Kernel:
     ) -> Run:
         """Run the kernel over `threadgroups` (x, y, z), or over a `grid` of threads, `threads` to a threadgroup.
 
-        `buffers`: index → bytes or scalar (inputs) or array (written in place where the kernel may write); buffers
-        left out have no bytes. `threadgroup_memory`: bytes of each [[threadgroup(n)]]. `outputs` names buffers whose
-        contents mean nothing before the launch: they are filled with NaN patterns and count as uninitialised in
-        checked mode.
-        Threadgroup memory starts as NaNs too, or as zeros without `poison`. `schedule_seed` permutes the order of
-        lanes, simdgroups and threadgroups on one host thread, the same seed giving the same run; without one,
-        threadgroups of an unchecked kernel run side by side. After a crash or `timeout` seconds (both are faults)
+        `buffers`: index → bytes or scalar (inputs) or array (written in place where the kernel may write; its dtype is
+        the kernel's, or uint8); None for a buffer that has no bytes. `threadgroup_memory`: bytes of each
+        [[threadgroup(n)]]. `outputs` names buffers whose contents mean nothing before the launch: they are filled with
+        NaN patterns and count as uninitialised in checked mode.
+        Threadgroup memory starts as NaNs too, or as zeros without `poison`. `schedule_seed`, 0 to 2**64 - 1, permutes
+        the order of lanes, simdgroups and threadgroups on one host thread, the same seed giving the same run; without
+        one, threadgroups of an unchecked kernel run side by side. After a crash or `timeout` seconds (both are faults)
         arrays are left as they were. Raises MetalError for a launch that Metal could not issue.
         """
         began = time.perf_counter()
@@ -72,7 +72,7 @@ class Kernel:
         options = Options(
             memory=dict(threadgroup_memory or {}),
             outputs=tuple(outputs),
-            seed=schedule_seed,
+            seed=schedule(schedule_seed),
             timeout=timeout,
             poison=poison,
         )
@@ -116,9 +116,11 @@ class Library:
         rewritten = rewrite(self._source, declarations, self._values)
         module = compiler.module(rewritten.text, checked=self.checked)
         for declared in declarations:
+            found = parameters.parameters(self._source, declared)
             compiled = Compiled(
                 name=declared.host_name,
-                parameters=parameters.parameters(self._source, declared),
+                parameters=found,
+                optional=parameters.optional(self._source, declared, found, self._values),
                 most_threads=parameters.most_threads(self._source, declared) or MOST_THREADS,
                 module=module,
                 variables=rewritten.variables,

@@ -5,8 +5,10 @@ C++ finds their types when it compiles; what the host doesn't have (textures, sa
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from engine.metal.declarations import Span
 from engine.metal.errors import CompileError
 from engine.metal.source import KernelDeclaration, Source, attributes_in, integer, split, without_attributes
 from engine.metal.tokens import words
@@ -86,7 +88,85 @@ def _parameter(source: Source, kernel: KernelDeclaration, first: int, end: int) 
     kind = "threadgroup" if space == "threadgroup" else "buffer"
     argument = attributes.get(kind)
     index = integer(source, first, argument) if argument else None
+    pointer = _pointer_in(source, text[: len(text) - bool(name)], set()) if kind == "buffer" else None
+    if pointer is not None:
+        held = words(source.tokens[pointer.first : pointer.end - 1])
+        raise source.fail(first, f"{label} holds the pointer `{held}`: argument buffers are not supported on the host")
     return Parameter(name=name, index=index, kind=kind, address_space=space, type_text=type_text)
+
+
+def _pointer_in(source: Source, type_words: Sequence[str], seen: set[int]) -> Span | None:
+    """The member that is a pointer or reference of a type's classes, or of their members' classes."""
+    for found in source.scanner.found.classes:
+        head = [token.was for token in source.tokens[found.key + 1 : found.brace]]
+        if found.brace in seen or not set(head[: head.index(":")] if ":" in head else head) & set(type_words):
+            continue
+        seen.add(found.brace)
+        for span in source.scanner.found.variables:
+            if not (span.member and found.brace < span.first < found.end):
+                continue
+            member = [token.was for token in without_attributes(source, span.first, span.end - 1)]
+            member = member[: member.index("=")] if "=" in member else member
+            if {"*", "&"} & set(member) and ADDRESS_SPACES & set(member):
+                return span
+            nested = _pointer_in(source, member[:-1], seen)
+            if nested is not None:
+                return nested
+    return None
+
+
+def optional(
+    source: Source, kernel: KernelDeclaration, found: Sequence[Parameter], values: Mapping[str, str]
+) -> frozenset[int]:
+    """Indices of buffers that a launch may leave out.
+
+    Those that [[function_constant(c)]] takes away, or may take away where c's value isn't plain; and those that the
+    body names nowhere but in blocks of an `if` about constants, which may be dead code (MLX leaves out what only
+    batched kernels use).
+    """
+    function = kernel.function
+    spans = split(source, function.open + 1, function.close)
+    varying = {parameter.name for parameter in found} | (_locals(source, *function.body) if function.body else set())
+    needed = _used_anyway(source, *function.body, varying) if function.body else set()
+    indices = set()
+    for parameter, (first, end) in zip(found, spans, strict=True):
+        if parameter.kind != "buffer" or parameter.index is None:
+            continue
+        guard = attributes_in(source, first, end).get("function_constant")
+        if parameter.name not in needed or (guard and values.get(guard[0].was) != "true"):
+            indices.add(parameter.index)
+    return frozenset(indices)
+
+
+def _locals(source: Source, first: int, end: int) -> set[str]:
+    """Names that a body declares: a name or `*`, `&`, `>` before them, and `=`, `;`, `,` or a bracket behind."""
+    found = set()
+    for at in range(first + 1, end - 1):
+        before, token = source.tokens[at - 1], source.tokens[at]
+        typed = before.was in ("*", "&", ">") or (before.kind == "name" and before.was != "return")
+        if token.kind == "name" and typed and source.tokens[at + 1].was in ("=", ";", ",", "[", "{", "(", ":"):
+            found.add(token.was)
+    return found
+
+
+def _used_anyway(source: Source, first: int, end: int, varying: set[str]) -> set[str]:
+    """Names in a body outside the blocks of an `if` (and its `else`) whose condition has no name that varies."""
+    names, at, pairs = set(), first, source.scanner.pairs
+    skipped = -1  # the end of the last block that was left out
+    while at < end:
+        token = source.tokens[at]
+        block = -1
+        if token.was == "if" and at + 1 in pairs:
+            condition = {t.was for t in source.tokens[at + 1 : pairs[at + 1]] if t.kind == "name"}
+            block = -1 if condition & varying else pairs[at + 1] + 1
+        elif token.was == "else" and at == skipped + 1:
+            block = at + 1
+        if token.kind == "name":
+            names.add(token.was)
+        if block in pairs and source.scanner.word(block) == "{":
+            at = skipped = pairs[block]
+        at += 1
+    return names
 
 
 def most_threads(source: Source, kernel: KernelDeclaration) -> int | None:

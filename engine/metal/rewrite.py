@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from engine.metal.constants import require
 from engine.metal.declarations import Function
 from engine.metal.errors import CompileError
+from engine.metal.graphics import left_out
 from engine.metal.parameters import Parameter, parameters
 from engine.metal.source import (
     KernelDeclaration,
@@ -23,6 +24,7 @@ from engine.metal.source import (
     split,
     without_attributes,
 )
+from engine.metal.swizzles import swizzles
 from engine.metal.tokens import Token, close_angle
 
 _DROPPED = {"device", "thread", "threadgroup", "ray_data", "object_data", "kernel"}
@@ -47,7 +49,9 @@ def rewrite(source: Source, kernels: Sequence[KernelDeclaration], values: Mappin
         token.text = _literal(token.was) if token.kind == "number" else token.was
     for first, end in source.attributes.items():
         _blank(source, first, end)
+    absent = left_out(source, kernels)
     _address_spaces(source)
+    swizzles(source)
     for function in source.scanner.found.functions:
         if is_kernel(source, function):
             source.tokens[function.start].text = "inline " + source.tokens[function.start].text
@@ -59,7 +63,7 @@ def rewrite(source: Source, kernels: Sequence[KernelDeclaration], values: Mappin
         require(source, kernel, values)
     registrations = [_registration(source, kernel, number) for number, kernel in enumerate(kernels)]
     _drop_duplicates(source)
-    for span in source.instantiations:
+    for span in [*source.instantiations, *(item.declared for item in absent)]:
         _blank(source, span.first, span.end)
     text = "".join(token.space + token.text for token in source.tokens) + source.tail
     lines = (line if not line.lstrip().startswith("#pragma") else "" for line in text.split("\n"))

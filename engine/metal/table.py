@@ -29,10 +29,12 @@ MOST_EXPERTS = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class Dispatch:
-    """What a launch needs besides its buffers; `source` is a file name in KERNELS."""
+    """What a launch needs besides its buffers; `source` is a file name in KERNELS, `entry` the function in it that has
+    the host name `kernel`, with its template arguments."""
 
     source: str
     kernel: str
+    entry: str
     threadgroups: tuple[int, int, int]
     threads: tuple[int, int, int]
     threadgroup_bytes: int = 0
@@ -60,6 +62,8 @@ FORMATS: Mapping[str, Format] = MappingProxyType(
 # Right-hand sides of the matmuls, and element types of the other kernels, by NumPy's name.
 RHS: Mapping[str, str] = MappingProxyType({"float32": "f32", "float16": "f16"})
 TYPES: Mapping[str, str] = MappingProxyType({"float32": "f32", "float16": "f16", "bfloat16": "bf16"})
+# What the element types are called in Metal.
+METAL_TYPES: Mapping[str, str] = MappingProxyType({"float32": "float", "float16": "half", "bfloat16": "bfloat"})
 # Tokens of a tile → threadgroup bytes: while summing, 32 elements of 64 rows and of the tokens in half; then the tile
 # itself in float over the same memory, which is always the larger: 64·tile·4.
 TILES: Mapping[int, int] = MappingProxyType({tile: TILE_ROWS * tile * 4 for tile in (32, 64, 128)})
@@ -91,6 +95,7 @@ def plan_mul_mm_id(
     return Dispatch(
         source="moe.metal",
         kernel=f"kernel_mul_mm_id_{_format(kind).name}_{_suffix(rhs, RHS)}_n{chosen}",
+        entry=f"kernel_mul_mm_id<block_{_format(kind).name}, {METAL_TYPES[rhs]}, {chosen}>",
         threadgroups=(-(-n_tokens // chosen), -(-rows // TILE_ROWS), experts),
         threads=(128, 1, 1),
         threadgroup_bytes=TILES[chosen],
@@ -101,7 +106,13 @@ def plan_mul_mm_id(
 def plan_mul_mm_id_map(experts: int) -> Dispatch:
     """Each expert's (token, slot) pairs: a simdgroup an expert."""
     _positive(experts=experts)
-    return Dispatch(source="moe.metal", kernel="kernel_mul_mm_id_map", threadgroups=(experts, 1, 1), threads=(32, 1, 1))
+    return Dispatch(
+        source="moe.metal",
+        kernel="kernel_mul_mm_id_map",
+        entry="kernel_mul_mm_id_map",
+        threadgroups=(experts, 1, 1),
+        threads=(32, 1, 1),
+    )
 
 
 def plan_mul_mv_id(kind: str, rhs: str, pairs: int, rows: int) -> Dispatch:
@@ -110,6 +121,7 @@ def plan_mul_mv_id(kind: str, rhs: str, pairs: int, rows: int) -> Dispatch:
     return Dispatch(
         source="moe.metal",
         kernel=f"kernel_mul_mv_id_{_format(kind).name}_{_suffix(rhs, RHS)}",
+        entry=f"kernel_mul_mv_id<block_{_format(kind).name}, {METAL_TYPES[rhs]}>",
         threadgroups=(-(-rows // VECTOR_ROWS), pairs, 1),
         threads=(32 * VECTOR_ROWS, 1, 1),
         tile=VECTOR_ROWS,
@@ -124,6 +136,7 @@ def plan_router(n_tokens: int, experts: int) -> Dispatch:
     return Dispatch(
         source="router.metal",
         kernel="kernel_router",
+        entry="kernel_router",
         threadgroups=(n_tokens, 1, 1),
         threads=(32, 1, 1),
         # Metal rounds threadgroup memory to 16 bytes.
@@ -139,6 +152,7 @@ def plan_rows(op: str, dtype: str, rows: int) -> Dispatch:
     return Dispatch(
         source="rows.metal",
         kernel=f"kernel_{op}_{_suffix(dtype, TYPES)}",
+        entry=f"kernel_{op}<{METAL_TYPES[dtype]}>",
         threadgroups=(rows, 1, 1),
         threads=(128, 1, 1),
         threadgroup_bytes=128,
@@ -153,6 +167,7 @@ def plan_rope(dtype: str, tokens: int, heads: int, head_dim: int) -> Dispatch:
     return Dispatch(
         source="elementwise.metal",
         kernel=f"kernel_rope_{_suffix(dtype, TYPES)}",
+        entry=f"kernel_rope<{METAL_TYPES[dtype]}>",
         threadgroups=(-(-head_dim // 2 // ROPE_PAIRS), heads, tokens),
         threads=(ROPE_PAIRS, 1, 1),
     )
@@ -164,6 +179,7 @@ def plan_swiglu(dtype: str, rows: int, width: int) -> Dispatch:
     return Dispatch(
         source="elementwise.metal",
         kernel=f"kernel_swiglu_{_suffix(dtype, TYPES)}",
+        entry=f"kernel_swiglu<{METAL_TYPES[dtype]}>",
         threadgroups=(-(-width // SWIGLU_ELEMENTS), rows, 1),
         threads=(SWIGLU_ELEMENTS, 1, 1),
     )
@@ -177,6 +193,7 @@ def plan_attention(dtype: str, batch: int, heads: int, key_dim: int, value_dim: 
     return Dispatch(
         source="attention.metal",
         kernel=f"kernel_attention_{_suffix(dtype, TYPES)}",
+        entry=f"kernel_attention<{METAL_TYPES[dtype]}>",
         threadgroups=(heads, batch, 1),
         threads=(128, 1, 1),
         threadgroup_bytes=16 * (value_dim + 2),

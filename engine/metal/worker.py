@@ -22,12 +22,15 @@ from typing import Any
 from engine.metal.errors import MetalError
 
 CONTROL_BYTES = 64 * 1024
-GAP_BYTES = 16 * 1024
+PAGE = mmap.PAGESIZE
+GAP_BYTES = max(8 * 1024, PAGE)
 MOST_BUFFERS = 31
 MOST_FAULTS = 64
 FRAMES = 12
-PROTOCOL = 1
-FLAG_POISON, FLAG_SEEDED, FLAG_FRESH_CANARIES = 1, 2, 4
+PROTOCOL = 2
+FLAG_POISON, FLAG_SEEDED, FLAG_FRESH_LAYOUT = 1, 2, 4
+# The worker's exit code when the control page has the fault that ended it (host/worker.h).
+_REPORTED = 70
 # How much longer than the worker's own limit the caller waits: it stops itself first, and says where it was.
 GRACE_SECONDS = 2.0
 
@@ -40,6 +43,8 @@ class Binding(ctypes.Structure):
     _fields_ = (
         ("offset", ctypes.c_uint64),
         ("size", ctypes.c_uint64),
+        ("room", ctypes.c_uint64),
+        ("owner", ctypes.c_uint32),
         ("present", ctypes.c_uint32),
         ("writable", ctypes.c_uint32),
         ("initialised", ctypes.c_uint32),
@@ -89,8 +94,6 @@ class Control(ctypes.Structure):
         ("host_threads", ctypes.c_uint32),
         ("seed", ctypes.c_uint64),
         ("timeout_microseconds", ctypes.c_uint64),
-        ("arena_begin", ctypes.c_uint64),
-        ("arena_end", ctypes.c_uint64),
         ("buffers", Binding * MOST_BUFFERS),
         ("threadgroup_memory", ctypes.c_uint32 * MOST_BUFFERS),
         ("fault_count", ctypes.c_uint32),
@@ -112,7 +115,7 @@ def _end(process: subprocess.Popen[bytes], descriptors: list[int]) -> None:
 def _shared_file() -> int:
     """A descriptor of a file without a name. Not in /dev/shm, whose size containers limit: a write beyond it kills."""
     if sys.platform == "linux":
-        return os.memfd_create("assay-buffers", 0)
+        return os.memfd_create("assay-buffers")
     with tempfile.TemporaryFile() as file:
         return os.dup(file.fileno())
 
@@ -180,7 +183,10 @@ class Worker:
         arguments = [str(self._executable), str(self._file), str(commands_out), str(answers_in)]
         try:
             process = subprocess.Popen(
-                arguments, pass_fds=(self._file, commands_out, answers_in), stdin=subprocess.DEVNULL
+                arguments,
+                pass_fds=(self._file, commands_out, answers_in),
+                stdin=subprocess.DEVNULL,
+                process_group=0,  # an interrupt from the terminal is the caller's to handle
             )
         except OSError as error:
             raise MetalError(f"the worker {self._executable} does not start: {error}") from None
@@ -191,7 +197,8 @@ class Worker:
         self._poll = select.poll()
         self._poll.register(self._answers, select.POLLIN)
         self._ending = weakref.finalize(self, _end, process, [self._commands, self._answers])
-        self._loaded: dict[Path, dict[str, tuple[int, list[tuple[int, ...]]]]] = {}
+        self._loaded: dict[Path, Kernels] = {}
+        self.layout = None
 
     def stop(self) -> None:
         """End the process; the next launch starts another."""
@@ -208,15 +215,23 @@ class Worker:
             data += more
         return data
 
+    def _ask(self, command: bytes, text: bytes) -> bytes:
+        os.write(self._commands, command + struct.pack("=I", len(text)) + text)
+        return self._read(struct.unpack("=I", self._read(4))[0])
+
     def load(self, module: Path) -> Kernels:
-        """Load a module: host name → (kernel number, (size, align, const, pointer, reference) of each parameter)."""
+        """Load a module: host name → (kernel number, facts of each parameter: ParameterInfo in host/runtime.h)."""
+        if self._ending is not None and self._process.poll() is not None:
+            self.stop()  # somebody ended it between two launches
         if self._ending is None:
             self._start()
         if module in self._loaded:
             return self._loaded[module]
-        path = os.fsencode(module)
-        os.write(self._commands, b"L" + struct.pack("=I", len(path)) + path)
-        text = self._read(struct.unpack("=I", self._read(4))[0]).decode()
+        try:
+            text = self._ask(b"L", os.fsencode(module)).decode()
+        except BaseException:
+            self.stop()
+            raise
         if text.startswith("error "):
             raise MetalError(f"the compiled kernel does not load: {text[6:]}")
         kernels: Kernels = {}
@@ -227,9 +242,17 @@ class Worker:
         return kernels
 
     def run(self, timeout: float) -> str | None:
-        """Run the launch in the control page. Returns None, or how the worker ended: "timeout" or "crash"."""
+        """Run the launch in the control page. Returns None, or how the worker ended: "timeout", "crash", or "reported"
+        when the control page has the fault that ended it. Interrupted, it ends the worker with the launch."""
         try:
-            os.write(self._commands, b"R" + struct.pack("=Q", len(self.memory)))
+            return self._run(timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _run(self, timeout: float) -> str | None:
+        try:
+            os.write(self._commands, b"R")
         except BrokenPipeError:
             self.stop()
             return "crash"
@@ -240,4 +263,4 @@ class Worker:
             return None
         code = self._process.wait()
         self.stop()
-        return "timeout" if code == -signal.SIGALRM else "crash"
+        return "reported" if code == _REPORTED else "timeout" if code == -signal.SIGALRM else "crash"

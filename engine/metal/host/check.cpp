@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <vector>
 
 #include "check_shadow.h"
@@ -17,9 +18,10 @@ State state;
 
 namespace {
 
-constexpr size_t kZeroByHand = size_t{1} << 20;  // larger arrays are remapped: untouched pages then cost nothing
+constexpr size_t kZeroByHand = size_t{1} << 20;  // more than that is remapped: untouched pages then cost nothing
 
-std::vector<Region> buffers;              // sorted by address
+std::vector<Region> buffers;
+size_t watched;                           // bytes of the range of buffers; the window is shut between launches
 std::vector<Region> threadgroup_regions;  // in order of arrival
 struct Begin {
   Cell stamp;
@@ -30,41 +32,39 @@ std::vector<Begin> begins;
 
 void* map(size_t bytes, void* at = nullptr) {
   int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | (at ? MAP_FIXED : 0);
-  void* memory = mmap(at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
-  if (memory == MAP_FAILED) {
-    std::fprintf(stderr, "checked mode needs %zu bytes of address space for its shadow, which mmap refused\n", bytes);
-    std::abort();
-  }
-  return memory;
+  return mmap(at, bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
 }
 
-// Makes an array of `bytes` zeros out of one that can hold `capacity` bytes, or a new one.
-template <class T>
-void clear(T*& array, size_t bytes, size_t capacity, bool fresh) {
-  if (fresh) {
-    if (array) munmap(array, capacity);
-    array = static_cast<T*>(map(bytes));
-  } else if (bytes <= kZeroByHand) {
+void zero(void* array, size_t bytes) {
+  if (bytes <= kZeroByHand) {
     std::memset(array, 0, bytes);
-  } else {
-    map(bytes, array);
+    return;
   }
+  static const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  uintptr_t begin = reinterpret_cast<uintptr_t>(array), end = begin + bytes;
+  uintptr_t first = (begin + page - 1) & ~(page - 1), last = end & ~(page - 1);
+  std::memset(array, 0, first - begin);
+  if (map(last - first, reinterpret_cast<void*>(first)) == MAP_FAILED) std::memset(reinterpret_cast<void*>(first), 0, last - first);
+  std::memset(reinterpret_cast<void*>(last), 0, end - last);
 }
 
-// The span is rounded up to pages and followed by a margin, so that reading past the end by one access stays in the array.
-void reset(Window& window, uintptr_t begin, uintptr_t end) {
-  size_t span = end - begin;
-  size_t padded = ((span >> kPageShift) + 2) << kPageShift;
-  bool fresh = padded > window.capacity;
-  size_t cells = padded * sizeof(Cell), old = window.capacity * sizeof(Cell);
-  clear(window.w, cells, old, fresh);
-  clear(window.r, cells, old, fresh);
-  clear(window.s, cells, old, fresh);
-  clear(window.pw, cells / 4, old / 4, fresh);
-  clear(window.pr, cells / 4, old / 4, fresh);
-  if (fresh) window.capacity = padded;
+// Five arrays and the kinds of pages, all zeros; with a margin, so that reading past the end by one access stays inside.
+bool shadow(Window& window, uintptr_t begin, uintptr_t end) {
+  size_t span = end - begin, padded = ((span >> kPageShift) + 2) << kPageShift;
+  bool whole = true;
+  auto make = [&](auto*& array, size_t old_bytes, size_t bytes) {
+    if (array) munmap(array, old_bytes);
+    void* memory = map(bytes);
+    whole &= memory != MAP_FAILED;
+    array = memory == MAP_FAILED ? nullptr : static_cast<decltype(array + 0)>(memory);
+  };
+  for (Cell** cells : {&window.w, &window.r, &window.s}) make(*cells, window.capacity * sizeof(Cell), padded * sizeof(Cell));
+  for (uint32_t** places : {&window.pw, &window.pr}) make(*places, window.capacity, padded);
+  make(window.pages, window.capacity >> kPageShift, padded >> kPageShift);
+  window.capacity = padded;
   window.base = begin;
   window.span = span;
+  return whole;
 }
 
 void fill(Window& window, uintptr_t begin, uintptr_t end, Cell cell) {
@@ -77,15 +77,24 @@ constexpr uintptr_t kPage = uintptr_t{1} << kPageShift;
 uintptr_t page_down(uintptr_t address) { return address & ~(kPage - 1); }
 uintptr_t page_up(uintptr_t address) { return page_down(address + kPage - 1); }
 
-// Pages that a gap or an output fills are known by their kind; the rest is marked byte by byte.
-void mark_buffer(size_t index) {
+// The bytes around a region whose shadow a launch may have changed.
+uintptr_t marked_begin(const Region& region) { return page_down(region.base) - kMargin; }
+uintptr_t marked_end(const Region& region) { return page_up(region.base + region.size) + kMargin; }
+
+void forget_buffer(const Region& region) {
   Window& device = state.device;
-  const Region& region = buffers[index];
+  size_t from = marked_begin(region) - device.base, bytes = marked_end(region) - marked_begin(region);
+  for (Cell* cells : {device.w, device.r, device.s}) zero(cells + from, bytes * sizeof(Cell));
+  for (uint32_t* places : {device.pw, device.pr}) zero(places + (from >> 2), bytes);
+  zero(device.pages + (from >> kPageShift), (bytes >> kPageShift) + 2);
+}
+
+// Pages that a gap or an output fills are known by their kind; the rest is marked byte by byte.
+void mark_buffer(const Region& region) {
+  Window& device = state.device;
   uintptr_t end = region.base + region.size;
-  uintptr_t before = index ? buffers[index - 1].base + buffers[index - 1].size : device.base;
-  uintptr_t after = index + 1 < buffers.size() ? buffers[index + 1].base : device.base + device.span;
-  fill(device, std::max(before, page_down(region.base) - kMargin), region.base, kGap);
-  fill(device, end, std::min(after, page_up(end) + kMargin), kGap);
+  fill(device, marked_begin(region), region.base, kGap);
+  fill(device, end, marked_end(region), kGap);
   Page kind = region.writable || !region.initialised ? page_mixed : region.space == Space::constant ? page_constant : page_input;
   for (uintptr_t at = page_down(region.base); at < end; at += kPage) {
     bool whole = at >= region.base && at + kPage <= end;
@@ -99,7 +108,7 @@ void mark_buffer(size_t index) {
 std::vector<Cell> fences() {
   std::vector<Cell> all;
   for (const Window* window : {&state.threadgroup, &state.device}) {
-    all.insert(all.end(), {window->start, window->fence});
+    all.insert(all.end(), {window->start, window->fence, window->met});
     all.insert(all.end(), std::begin(window->lane_fence), std::end(window->lane_fence));
   }
   std::sort(all.begin(), all.end());
@@ -112,14 +121,22 @@ void renumber() {
   auto rank = [&order](Cell stamp) {
     return Cell(1 + (std::upper_bound(order.begin(), order.end(), stamp) - order.begin())) << kStampShift;
   };
-  for (Window* window : {&state.threadgroup, &state.device}) {
-    for (Cell* cells : {window->w, window->r, window->s}) {
-      for (size_t i = 0; cells && i < window->span; i++) {
+  auto renumber_cells = [&rank](const Window& window, size_t from, size_t to) {
+    for (Cell* cells : {window.w, window.r, window.s}) {
+      for (size_t i = from; i < to; i++) {
         if (cells[i] && cells[i] < kUnwritten) cells[i] = (cells[i] & ~kStamp) | rank(cells[i] & kStamp);
       }
     }
+  };
+  renumber_cells(state.threadgroup, 0, state.threadgroup.span);
+  for (const Region& region : buffers) {
+    size_t from = region.base - state.device.base;
+    renumber_cells(state.device, from, from + region.size);
+  }
+  for (Window* window : {&state.threadgroup, &state.device}) {
     window->start = rank(window->start);
     window->fence = rank(window->fence);
+    window->met = rank(window->met);
     for (Cell& fence : window->lane_fence) fence = rank(fence);
   }
   begins.erase(begins.begin(), begins.empty() ? begins.end() : begins.end() - 1);
@@ -133,7 +150,7 @@ void tick() {
 }
 
 void fence_all(Window& window) {
-  window.fence = state.now;
+  window.fence = window.met = state.now;
   std::fill(std::begin(window.lane_fence), std::end(window.lane_fence), state.now);
 }
 
@@ -149,20 +166,21 @@ bool same(const Region& a, const Region& b) { return a.base == b.base && a.size 
 
 }  // namespace
 
-void begin_launch(const Region* regions, size_t count, uintptr_t arena_begin, uintptr_t arena_end) {
+bool watch(uintptr_t begin, uintptr_t end) {
+  buffers.clear();
+  return shadow(state.device, begin, end) && (watched = end - begin);
+}
+
+void begin_launch(const Region* regions, size_t count) {
   forget_pending();
   state.counts = {};
+  state.elsewhere = {};
   state.launch++;
   begins.clear();
+  for (const Region& region : buffers) forget_buffer(region);
+  state.device.span = watched;
   buffers.assign(regions, regions + count);
-  std::sort(buffers.begin(), buffers.end(), [](const Region& a, const Region& b) { return a.base < b.base; });
-  arena_begin = page_down(arena_begin);
-  size_t pages = ((arena_end - arena_begin) >> kPageShift) + 2;
-  Window& device = state.device;
-  size_t old_pages = device.capacity >> kPageShift;
-  clear(device.pages, pages, old_pages, !device.pages || pages > old_pages);
-  reset(device, arena_begin, arena_end);
-  for (size_t i = 0; i < buffers.size(); i++) mark_buffer(i);
+  for (const Region& region : buffers) mark_buffer(region);
 }
 
 // The clock runs on from launch to launch, so that what is left of the last one is as old as any earlier threadgroup's.
@@ -171,7 +189,10 @@ void threadgroup_storage(uintptr_t begin, uintptr_t end) {
   for (const Region& region : threadgroup_regions) fill(window, region.base, region.base + region.size, kGap);
   threadgroup_regions.clear();
   if (window.base == begin && window.span == end - begin) return;
-  reset(window, begin, end);
+  if (!shadow(window, begin, end)) {
+    std::fprintf(stderr, "checked mode has no address space for the shadow of threadgroup memory\n");
+    std::abort();
+  }
   std::fill(window.w, window.w + (end - begin) + kMargin, kGap);
 }
 
@@ -204,6 +225,7 @@ void barrier(unsigned mem_flags) {
   tick();
   if (mem_flags & 1) fence_all(state.device);
   if (mem_flags & 2) fence_all(state.threadgroup);
+  state.device.met = state.threadgroup.met = state.now;
 }
 
 void simd_barrier(unsigned simdgroup, unsigned mem_flags) {
@@ -220,13 +242,23 @@ void end_launch() {
 
 const Stats& stats() { return state.counts; }
 
+bool judged(uintptr_t address) { return window_of(address) != nullptr; }
+
+const Access* wild_access(uintptr_t address) {
+  const Access& last = state.elsewhere;
+  bool nowhere = !address && last.address >> 47 != 0;  // x86-64's user addresses have 47 bits
+  return nowhere || address - last.address < last.size ? &last : nullptr;
+}
+
 Place nearest_region(const Window& window, uintptr_t address) {
   const std::vector<Region>& regions = &window == &state.device ? buffers : threadgroup_regions;
   Place best{{INT32_MIN, Space::device, address, 0, false, false}, 0};
   uintptr_t least = UINTPTR_MAX;
   for (const Region& region : regions) {
     uintptr_t end = region.base + region.size;
-    uintptr_t distance = address < region.base ? region.base - address : address < end ? 0 : address - end + 1;
+    // The gap above a buffer is twice the one below (address_space.cpp).
+    uintptr_t below = (region.base - address) * (regions.data() == buffers.data() ? 2 : 1);
+    uintptr_t distance = address < region.base ? below : address < end ? 0 : address - end + 1;
     if (distance >= least) continue;
     least = distance;
     best = {region, static_cast<int64_t>(address - region.base)};

@@ -6,9 +6,10 @@
 // clock that advances at every barrier and at every new threadgroup. What is wrong goes to rt::record.
 //
 // Only one host thread may run checked threadgroups, one after another: the shadow is not atomic. Addresses that belong
-// neither to the arena nor to threadgroup memory (stacks, tables of the program) are not looked at.
+// neither to the range of buffers nor to threadgroup memory (stacks, tables of the program) are only remembered, for the
+// signal that a wild one raises.
 //
-// What isn't seen: an overrun so long that it lands inside another buffer; an access that the optimiser removed; a thread's
+// What isn't seen: an overrun so long that it lands inside another buffer, tens of GiB away; an access that the optimiser removed; a thread's
 // own arrays; a race hidden by two writers of one value. Of copies into a thread's own memory only those are reported
 // that read more unwritten bytes than written ones: the rest may be padding (but a struct of up to 8 bytes is loaded like
 // a number, padding and all). Simdgroup matrix operations count as lane 0's accesses.
@@ -37,9 +38,10 @@ struct Stats {
   uint64_t stores[3];
 };
 
-// Starts a launch: forgets the last one's counts and shadow. Device and constant regions lie in the arena, with gaps of
-// at least 64 bytes before, between and after them.
-void begin_launch(const Region* regions, size_t count, uintptr_t arena_begin, uintptr_t arena_end);
+// The range in which device and constant regions will lie, most of it empty. False: there is no room for its shadow.
+bool watch(uintptr_t begin, uintptr_t end);
+// Starts a launch: forgets the last one's counts and shadow. The regions have gaps of a page at least around them.
+void begin_launch(const Region* regions, size_t count);
 // The range in which every threadgroup region of this launch will lie, gaps included. Follows begin_launch.
 void threadgroup_storage(uintptr_t begin, uintptr_t end);
 // Threadgroup memory becomes uninitialised, and all that earlier threadgroups did to device memory is unordered.
@@ -54,5 +56,14 @@ void simd_barrier(unsigned simdgroup, unsigned mem_flags);
 void end_launch();
 
 const Stats& stats();
+
+// Whether the access at this address has been judged: it lies in the range of buffers or in threadgroup memory.
+bool judged(uintptr_t address);
+// The last access that wasn't, if it covers this address. Zero for one that the signal doesn't tell: no such address exists.
+struct Access {
+  uintptr_t address;
+  unsigned size, what;  // what: 1 reads, 2 writes
+};
+const Access* wild_access(uintptr_t address);
 
 }  // namespace check

@@ -13,7 +13,7 @@ namespace {
 
 void range(uintptr_t address, size_t size, unsigned access, const void* frame) {
   Window* window = window_of(address);
-  if (!window) return;
+  if (!window) return note_elsewhere(address, size, access);
   unsigned space = window == &state.threadgroup ? 2 : 0;
   (access & reads ? state.counts.loads : state.counts.stores)[space]++;
   size_t offset = address - window->base, end = std::min(offset + size, window->span);
@@ -54,7 +54,7 @@ template <class T>
 void atomic_access(const volatile T* pointer, unsigned access, const void* frame) {
   uintptr_t address = reinterpret_cast<uintptr_t>(pointer);
   Window* window = window_of(address);
-  if (!window) return;
+  if (!window) return note_elsewhere(address, sizeof(T), access);
   unsigned space = window == &state.threadgroup ? 2 : 0;
   if (access & reads) state.counts.loads[space]++;
   if (access & writes) state.counts.stores[space]++;

@@ -45,15 +45,15 @@ SLOW void slow(void* address) {
 }
 
 // A reader needs no record if this very thread has one of this stamp, or if two are kept that no writer can be ordered
-// with both of: of different simdgroups since the last barrier, or of this one since its own.
+// with both of: of different simdgroups since the last barrier of any flags, or of this one since its own.
 template <unsigned N>
 FAST auto known_to_all(const Window& window, typename Vector<N>::type r, Cell self) {
-  return ((r & ~kMany) == self) | (r >= (window.fence | kFar));
+  return ((r & ~kMany) == self) | (r >= (window.met | kFar));
 }
 template <unsigned N>
 FAST auto known_to_lanes(const Window& window, typename Vector<N>::type r, Cell self) {
   constexpr Cell simdgroup = kThread & ~(rt::kSimdWidth - 1);
-  Cell fence = window.lane_fence[(self & simdgroup) / rt::kSimdWidth];
+  Cell lanes = window.lane_fence[(self & simdgroup) / rt::kSimdWidth], fence = lanes < window.met ? window.met : lanes;
   return ((r & (simdgroup | kMany | kFar)) == ((self & simdgroup) | kMany)) & (r >= fence);
 }
 
@@ -81,7 +81,7 @@ FAST bool read_is_plain(uintptr_t address) {
     return all(ordered<N>(group, false, w) & (known_to_all<N>(group, r, self) | known_to_lanes<N>(group, r, self)));
   }
   Window& device = state.device;
-  if (!in(device, address, offset)) return true;
+  if (!in(device, address, offset)) return note_elsewhere(address, N, reads), true;
   uint8_t page = device.pages[offset >> kPageShift];
   state.counts.loads[page == page_constant]++;
   auto w = load<N>(device.w + offset);
@@ -106,7 +106,7 @@ FAST bool record_uniform(Window& window, bool device, size_t offset, Cell self, 
   auto cells = load<N>(window.r + offset);
   Cell r = cells[0], simdgroup = kThread & ~(rt::kSimdWidth - 1), stamp = r & kStamp;
   if (!all(cells == r)) return false;
-  if (stamp < window.fence) {
+  if (stamp < window.met) {
     if (device && r && (stamp < window.start || (r & kMany))) return false;
     set<N>(window.r, offset, self);
   } else if (((r ^ self) & kThread) == 0) {
@@ -158,18 +158,18 @@ FAST bool write_is_plain(uintptr_t address, uintptr_t pc) {
     state.counts.stores[2]++;
     Cell self = me();
     auto w = load<N>(group.w + offset), r = load<N>(group.r + offset);
-    if (!LIKELY(all(((w < group.fence) | (w == self)) & (((r & ~kFar) < group.fence) | (r == self))))) return false;
+    if (!LIKELY(all(((w < group.fence) | (w == self)) & (((r & ~kFar) < group.met) | (r == self))))) return false;
     set_writer<N>(group, offset, self, pc);
     return true;
   }
   Window& device = state.device;
-  if (!in(device, address, offset)) return true;
+  if (!in(device, address, offset)) return note_elsewhere(address, N, writes), true;
   state.counts.stores[0]++;
   if (device.pages[offset >> kPageShift] < page_output) return false;
-  Cell self = me(), span = device.fence - device.start;
+  Cell self = me(), span = device.fence - device.start, met = device.met - device.start;
   auto w = load<N>(device.w + offset), r = load<N>(device.r + offset);
   auto writer = (w == 0) | (w == kUnwritten) | (w == self) | (w - device.start < span);
-  auto reader = (r == 0) | (r == self) | ((r - device.start < span) & ((r & kMany) == 0));
+  auto reader = (r == 0) | (r == self) | ((r - device.start < met) & ((r & kMany) == 0));
   if (!LIKELY(all(writer & reader))) return false;
   set_writer<N>(device, offset, self, pc);
   return true;
@@ -186,7 +186,7 @@ __attribute__((noinline)) void write_again(void* pointer) {
   Cell self = me();
   auto w = load<N>(window.w + offset), r = load<N>(window.r + offset);
   if (!device || window.pages[offset >> kPageShift] >= page_output) {
-    auto reader = own<N>(window, r, self) | (device ? r == 0 : (r & ~kFar) < window.fence);
+    auto reader = own<N>(window, r, self) | (device ? r == 0 : (r & ~kFar) < window.met);
     if (all(own<N>(window, w, self) & reader)) return set_writer<N>(window, offset, self, HERE);
   }
   [[clang::musttail]] return slow<N, writes>(pointer);
@@ -208,9 +208,8 @@ using namespace check;
     [[clang::musttail]] return write_again<N>(address);                                         \
   }                                                                                             \
   CALLBACK void __tsan_##NAME##read_write##N(void* address) {                                   \
-    size_t offset;                                                                              \
     uintptr_t at = reinterpret_cast<uintptr_t>(address);                                        \
-    if (!in(state.threadgroup, at, offset) && !in(state.device, at, offset)) return;            \
+    if (!window_of(at)) return note_elsewhere(at, N, reads);                                    \
     [[clang::musttail]] return slow<N, reads | writes>(address);                                \
   }
 

@@ -19,6 +19,7 @@ struct View {
   Cell stamp(Cell cell) const { return cell & kStamp; }
   bool earlier_group(Cell cell) const { return device && stamp(cell) && stamp(cell) < window.start; }
   bool current(Cell cell) const { return stamp(cell) >= window.fence; }
+  bool current_read(Cell cell) const { return stamp(cell) >= window.met; }
   bool mine(Cell cell) const { return (cell & kThread) == thread; }
   bool same_simdgroup(Cell cell) const { return (cell & kThread) / rt::kSimdWidth == simdgroup; }
   bool lanes_fenced(Cell cell) const { return stamp(cell) < window.lane_fence[simdgroup]; }
@@ -28,6 +29,7 @@ struct View {
     if (!current(cell) || mine(cell)) return false;
     return !(same_simdgroup(cell) && lanes_fenced(cell));
   }
+  bool clash_read(Cell cell) const { return (stamp(cell) < window.start || current_read(cell)) && clash(cell); }
   bool clash(Cell cell) const { return cell && unordered(cell) && !((access & atomic) && (cell & kAtomic)); }
 };
 
@@ -40,8 +42,8 @@ Judgement judge_read(const View& view, const Bytes& b) {
 }
 
 Judgement judge_write(const View& view, const Bytes& b) {
-  if (view.clash(b.r)) return {Wrong::race, b.r, true};
-  if ((b.r & kMany) && view.clash(b.s)) return {Wrong::race, b.s, true};
+  if (view.clash_read(b.r)) return {Wrong::race, b.r, true};
+  if ((b.r & kMany) && view.clash_read(b.s)) return {Wrong::race, b.s, true};
   if (!b.w || !view.written(b.w)) return {};
   bool both_atomic = (view.access & atomic) && (b.w & kAtomic), plain = !(view.access & atomic) && !(b.w & kAtomic);
   if (both_atomic) return {};
@@ -65,7 +67,7 @@ void record_read(const View& view, Bytes& b) {
   if (view.earlier_group(b.r)) {
     b.s = b.r;
     b.r = me | kMany | kFar;
-  } else if (!b.r || !view.current(b.r)) {
+  } else if (!b.r || !view.current_read(b.r)) {
     b.r = (b.r & kMany) && view.earlier_group(b.s) ? me | kMany | kFar : me;
   } else if (view.mine(b.r)) {
     Cell second = b.r & (kMany | kFar);

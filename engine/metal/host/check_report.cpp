@@ -51,7 +51,7 @@ Other name_other(rt::Fault& fault, const Window& window, const Found& found, uin
 rt::Kind kind_of(Wrong wrong, unsigned access) {
   if (wrong == Wrong::unwritten) return rt::kind_uninitialised_read;
   if (wrong != Wrong::outside) return rt::kind_race;
-  return access & reads ? rt::kind_out_of_bounds_read : rt::kind_out_of_bounds_write;
+  return access & writes ? rt::kind_out_of_bounds_write : rt::kind_out_of_bounds_read;
 }
 
 // A second write of a byte without a fence in between is only a race if it changes the value, which is known once the

@@ -7,7 +7,8 @@
 //
 // An earlier access is ordered before this one if its stamp lies before a fence that both sides passed: the threadgroup's
 // last barrier for that address space, or for lanes of one simdgroup their own last barrier. These are thresholds on the
-// stamp, so that no vector clocks are needed: barriers in Metal are collective.
+// stamp, so that no vector clocks are needed: barriers in Metal are collective. A threadgroup's barrier of any flags, even
+// mem_none, orders earlier reads before later writes: a thread that has passed it has what it read.
 #pragma once
 
 #include <stddef.h>
@@ -53,8 +54,9 @@ struct Window {
   uint8_t* pages;              // device only
   Cell start;                  // stamp at which the running threadgroup began
   Cell fence;                  // stamp of the last barrier that fenced this memory: everything before is ordered
+  Cell met;                    // stamp of the last barrier of any flags: what was read before is ordered; never below fence
   Cell lane_fence[kSimdgroups];
-  size_t capacity;             // bytes of address range that the mapping can shadow
+  size_t capacity;             // bytes of address range that the mapping can shadow; most of its pages are never touched
 };
 
 struct State {
@@ -63,10 +65,15 @@ struct State {
   uint32_t launch;  // counts launches
   bool fenced;      // the running threadgroup has had a fence for the whole device
   Stats counts;
+  Access elsewhere;  // the last access to neither window
 };
 extern State state;
 
-enum Access : unsigned { reads = 1, writes = 2, atomic = 4, bulk = 8 };  // bulk: a copy, which may hold padding
+inline void note_elsewhere(uintptr_t address, size_t size, unsigned access) {
+  state.elsewhere = {address, static_cast<unsigned>(size), access & 3};
+}
+
+enum Kinds : unsigned { reads = 1, writes = 2, atomic = 4, bulk = 8 };  // bulk: a copy, which may hold padding
 
 enum class Wrong : uint8_t { no, outside, unwritten, race, same_value };
 

@@ -26,48 +26,38 @@ bool intact(const char* begin, const char* end) {
   return wrong == 0;
 }
 
-void report_gap(char* begin, char* end, int before, int after) {
+void check(char* begin, char* end, const Piece& piece) {
+  if (intact(begin, end)) return;
   char *first = begin, *last = end - 1;
   while (*first == canary_at(first)) first++;
   while (*last == canary_at(last)) last--;
-  // The nearer neighbour: what runs over a buffer's end starts there, what runs below a buffer's start ends there.
-  bool over = after < 0 || (before >= 0 && first - begin <= end - 1 - last);
-  int index = over ? before : after;
   Fault what = fault(kind_out_of_bounds_write);
   what.space = space_device;
-  what.buffer = index;
-  const Binding& buffer = control().buffers[index];
-  what.offset = (over ? first : last) - (shared + buffer.offset);
+  what.buffer = piece.buffer;
+  what.offset = first - reinterpret_cast<char*>(piece.base);
   what.size = last - first + 1;
-  what.bound = int64_t(buffer.size);
+  what.bound = int64_t(piece.size);
   record(what);
   fill(begin, end);
 }
 
 template <class Visit>
 void each_gap(Visit visit) {
-  char* begin = shared + control().arena_begin;
-  int before = -1;
-  for (int i = 0; i < int(kMaxBuffers); i++) {
-    const Binding& buffer = control().buffers[i];
-    if (!buffer.present) continue;
-    visit(begin, shared + buffer.offset, before, i);
-    begin = shared + buffer.offset + buffer.size;
-    before = i;
+  for (const Piece& piece : pieces()) {
+    char* base = reinterpret_cast<char*>(piece.base);
+    visit(reinterpret_cast<char*>(piece.begin), base, piece);
+    visit(base + piece.size, reinterpret_cast<char*>(piece.end), piece);
   }
-  visit(begin, shared + control().arena_end, before, -1);
 }
 
 }  // namespace
 
 void fill_gaps() {
-  each_gap([](char* begin, char* end, int, int) { fill(begin, end); });
+  each_gap([](char* begin, char* end, const Piece&) { fill(begin, end); });
 }
 
 void check_gaps() {
-  each_gap([](char* begin, char* end, int before, int after) {
-    if (!intact(begin, end)) report_gap(begin, end, before, after);
-  });
+  each_gap([](char* begin, char* end, const Piece& piece) { check(begin, end, piece); });
 }
 
 }  // namespace rt

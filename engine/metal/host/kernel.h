@@ -17,11 +17,28 @@ template <class T> struct IsConst<const volatile T> { static constexpr bool valu
 template <class T> struct SizeOf { static constexpr uint32_t size = sizeof(T), align = alignof(T); };
 template <> struct SizeOf<void> { static constexpr uint32_t size = 1, align = 1; };
 
+// The numbers of a buffer that holds nothing else. Bytes and structs are raw: any array has those.
+template <class T> struct ElementOf { static constexpr char kind = 'r'; static constexpr uint8_t size = 1; };
+template <> struct ElementOf<float> { static constexpr char kind = 'f'; static constexpr uint8_t size = 4; };
+template <> struct ElementOf<_Float16> { static constexpr char kind = 'f'; static constexpr uint8_t size = 2; };
+template <> struct ElementOf<metal::bfloat> { static constexpr char kind = 'b'; static constexpr uint8_t size = 2; };
+template <class T> requires(__is_integral(T) && sizeof(T) > 1)
+struct ElementOf<T> { static constexpr char kind = 'i'; static constexpr uint8_t size = sizeof(T); };
+template <class T, int N> struct ElementOf<metal::vec<T, N>> : ElementOf<T> {};
+template <class T, int N> struct ElementOf<metal::packed_vec<T, N>> : ElementOf<T> {};
+template <class T> struct ElementOf<metal::atomic<T>> : ElementOf<T> {};
+template <class T, size_t N> struct ElementOf<T[N]> : ElementOf<T> {};
+template <class T, size_t N> struct ElementOf<const T[N]> : ElementOf<T> {};
+template <class T>
+constexpr ParameterInfo points_to(bool is_const, bool pointer) {
+  return {SizeOf<T>::size, SizeOf<T>::align, is_const, pointer, !pointer, ElementOf<T>::kind, ElementOf<T>::size};
+}
+
 // How parameter type P is filled from an address or a builtin value.
 template <class P>
 struct Passing {
   using T = typename Bare<P>::type;
-  static constexpr ParameterInfo info = {SizeOf<T>::size, SizeOf<T>::align, IsConst<P>::value, false, false};
+  static constexpr ParameterInfo info = {SizeOf<T>::size, SizeOf<T>::align, IsConst<P>::value, false, false, 'r', 1};
   template <class E> static RT_INLINE void set(E& element, uint32_t value) { element = static_cast<E>(value); }
   static RT_INLINE T builtin(Vec3 value) {
     if constexpr (__is_integral(T)) {
@@ -42,14 +59,14 @@ struct Passing {
 template <class T>
 struct Passing<T*> {
   using B = typename Bare<T>::type;
-  static constexpr ParameterInfo info = {SizeOf<B>::size, SizeOf<B>::align, IsConst<T>::value, true, false};
+  static constexpr ParameterInfo info = points_to<B>(IsConst<T>::value, true);
   static RT_INLINE T* pass(Parameter, void* address, const Thread&) { return static_cast<T*>(address); }
 };
 template <class T> struct Passing<T* const> : Passing<T*> {};
 template <class T>
 struct Passing<T&> {
   using B = typename Bare<T>::type;
-  static constexpr ParameterInfo info = {SizeOf<B>::size, SizeOf<B>::align, IsConst<T>::value, false, true};
+  static constexpr ParameterInfo info = points_to<B>(IsConst<T>::value, false);
   static RT_INLINE T& pass(Parameter, void* address, const Thread&) { return *static_cast<T*>(address); }
 };
 

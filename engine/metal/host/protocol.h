@@ -4,19 +4,21 @@
 
 namespace rt {
 
-constexpr uint32_t kProtocol = 1;
+constexpr uint32_t kProtocol = 2;
 constexpr unsigned kMostFaults = 64;
 constexpr size_t kControlBytes = 64 * 1024;                   // the data follows it in the shared file
-constexpr size_t kGapBytes = 16 * 1024;                       // before, between and after buffers, full of kCanary
+constexpr size_t kGapBytes = 8 * 1024;                        // before and after a buffer, full of kCanary: or a page, if that is more
 constexpr unsigned kMostThreadgroupBytes = 32 * 1024;         // of a threadgroup, on every Apple GPU (Metal feature set tables)
 // Read as float, half or bfloat this is NaN, so that what is read past a buffer's end shows in the result.
 constexpr uint32_t kCanary = 0xFFA5FFA5;
 
-enum LaunchFlags : uint32_t { flag_poison = 1, flag_seeded = 2, flag_fresh_canaries = 4 };
+enum LaunchFlags : uint32_t { flag_poison = 1, flag_seeded = 2, flag_fresh_layout = 4 };
 
 struct Binding {
-  uint64_t offset, size;                                      // in the shared file; buffers that aren't bound have no bytes
-  uint32_t present, writable, initialised, constant;
+  uint64_t offset, size, room;                                // in the shared file, and behind it as guard gap; a buffer that isn't
+                                                              // bound has no bytes
+  uint32_t owner;                                             // the buffer whose piece of the file it lies in, itself if that is
+  uint32_t present, writable, initialised, constant;          // present; the rest is said of the whole piece
 };
 
 struct Counts {
@@ -31,7 +33,6 @@ struct Control {
   uint32_t flags, host_threads;
   uint64_t seed;
   uint64_t timeout_microseconds;
-  uint64_t arena_begin, arena_end;                            // offsets in the shared file
   Binding buffers[kMaxBuffers];
   uint32_t threadgroup_memory[kMaxBuffers];
   uint32_t fault_count;

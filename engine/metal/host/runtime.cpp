@@ -9,16 +9,6 @@
 
 namespace rt {
 
-static uint64_t caller(const void* address) { return reinterpret_cast<uint64_t>(address); }
-
-void simdgroup_barrier(unsigned flags) {
-  scheduler->exchange(nullptr, 0, op_simdgroup_barrier, flags, caller(__builtin_return_address(0)));
-}
-
-void exchange_wait(const void* value, unsigned size, unsigned op) {
-  scheduler->exchange(value, size, op, 0, caller(__builtin_return_address(0)));
-}
-
 void* threadgroup_local(const Site& site, size_t size, size_t align) { return scheduler->local(site, size, align); }
 
 void count_matrix_op() { scheduler->counts.matrix_ops++; }

@@ -1,7 +1,7 @@
-// The scheduler of one threadgroup. A thread runs until it waits or ends; then the next one in the ready queue runs,
-// without a detour over the host thread. What nobody can complete any more is completed by those that wait for it: lanes
-// of a simdgroup that diverged proceed in the order of their call sites, which brings them together again where their
-// paths meet, and a threadgroup barrier needs live threads only. Both are reported where Metal leaves them undefined.
+// The scheduler of one threadgroup. A thread runs until it waits or ends; then the next one in line runs. The host thread
+// has turns of its own: it begins threads, and when nobody is ready it completes what nobody else can any more. Lanes of
+// a simdgroup that diverged proceed in the order of their call sites, which brings them together again where their paths
+// meet, and a threadgroup barrier needs live threads only. Both are reported where Metal leaves them undefined.
 #include "scheduler.h"
 
 #include <string.h>
@@ -13,7 +13,7 @@
 namespace rt {
 
 __attribute__((tls_model("initial-exec"))) __thread Thread* current = nullptr;
-__thread Scheduler* scheduler = nullptr;
+__attribute__((tls_model("initial-exec"))) __thread Scheduler* scheduler = nullptr;
 
 static void enter_fiber() { scheduler->fiber_main(); }
 
@@ -51,7 +51,7 @@ void Scheduler::shape(Vec3 threads) {
   info_.thread_count = threads.x * threads.y * threads.z;
   info_.simdgroup_count = (info_.thread_count + kSimdWidth - 1) / kSimdWidth;
   for (uint32_t i = 0; i < info_.thread_count; i++) {
-    ThreadState& thread = threads_[i];
+    Thread& thread = threads_[i];
     thread.thread_index = i;
     thread.lane = i % kSimdWidth;
     thread.simdgroup = i / kSimdWidth;
@@ -80,8 +80,7 @@ void Scheduler::run(uint32_t linear) {
   for (unsigned i = 0; i < region_count_; i++) regions_[i].fresh = true;
   for (unsigned i = 0; i < argument_regions_; i++) begin_use(regions_[i]);
   start_order();
-  next(nullptr, false);
-  current = nullptr;
+  host_turns();
   counts.threadgroups++;
   check_canaries();
 }
@@ -89,10 +88,8 @@ void Scheduler::run(uint32_t linear) {
 void Scheduler::start_order() {
   uint32_t count = info_.thread_count;
   live_ = count;
-  arrived_ = exited_ = 0;
-  head_ = tail_ = 0;
+  started_ = head_ = tail_ = 0;
   random_ = launch_->seed * 0xD1342543DE82EF95u + info_.linear_threadgroup;
-  for (uint32_t i = 0; i < count; i++) threads_[i].fiber = nullptr, threads_[i].wait = Wait::none, threads_[i].exited = false;
   for (unsigned s = 0; s < info_.simdgroup_count; s++) {
     uint32_t lanes = least(kSimdWidth, count - s * kSimdWidth);
     simdgroups_[s].live = lanes == 32 ? 0xFFFFFFFFu : (1u << lanes) - 1;
@@ -107,6 +104,10 @@ void Scheduler::start_order() {
       order[s - 1] = order[other], order[other] = kept;
     }
   for (unsigned s = 0; s < info_.simdgroup_count; s++) push_lanes(order[s], simdgroups_[order[s]].live);
+  for (uint32_t i = 0; i < count; i++) {
+    order_[i] = uint16_t(line_[i]->thread_index);
+    line_[i] = &host_;                                        // which gives a thread its fiber
+  }
 }
 
 // Makes lanes ready: in order, or in an order drawn from the seed (an affine map of the lanes: cheap, and it reverses,
@@ -133,141 +134,146 @@ Fiber* Scheduler::take_fiber() {
     return fiber;
   }
   Fiber* fiber = new Fiber{};
-  if (!fiber->create(enter_fiber, fibers_made_++)) {
+  if (!fiber->create(fibers_made_++)) {
     fail("no memory for another thread's stack");
   }
   return fiber;
 }
 
-const Fiber* Scheduler::running_fiber() const { return current ? static_cast<const ThreadState*>(current)->fiber : nullptr; }
+const Fiber* Scheduler::running_fiber() const { return current && current != &host_ ? fibers_[current->thread_index] : nullptr; }
 
-// Hands over to the next ready thread. `from` is the fiber that stops here; a finished one takes a thread that hasn't
-// begun yet without any switch, and goes back to the pool otherwise.
-void Scheduler::next(Fiber* from, bool finished) {
-  if (head_ == tail_ && live_) unstall();
-  void** save = from ? &from->sp : &host_sp_;
-  if (head_ == tail_) {                                       // all threads have ended
-    from->next = pool_, pool_ = from;
-    rt_switch(save, host_sp_);
-    return;
-  }
-  ThreadState& thread = threads_[ready_[head_++ & (kMaxThreads - 1)]];
-  current = &thread;
-  if (thread.fiber && thread.fiber == from) return;
-  if (!thread.fiber) {
-    if (finished) {
-      thread.fiber = from;
-      return;
-    }
-    thread.fiber = take_fiber();
-  } else if (finished) {
-    from->next = pool_, pool_ = from;
-  }
-  rt_switch(save, thread.fiber->sp);
+// The running thread waits, and the first in line goes on.
+inline __attribute__((always_inline)) Turn Scheduler::turn() {
+  Thread *from = current, *to = next();
+  current = to;
+  return {from, to};
 }
 
+Thread& Scheduler::begin(Fiber* fiber) {
+  Thread& thread = threads_[order_[started_++]];
+  fibers_[thread.thread_index] = fiber;
+  current = &thread;
+  return thread;
+}
+
+// The host thread's turns come where a thread hasn't begun yet, and when nobody is ready.
+void Scheduler::host_turns() {
+  next();                                                     // it stands first in line
+  while (live_) {
+    current = nullptr;
+    if (started_ < info_.thread_count) {
+      Fiber* fiber = take_fiber();
+      begin(fiber).context = fiber->begin(enter_fiber);
+    } else {
+      any_lane_waits() ? unstall() : release_barrier();
+      current = next();
+    }
+    switch_context(&host_.context, &current->context);
+  }
+  current = nullptr;
+}
+
+// A fiber whose thread has ended takes one that hasn't begun, without any switch, and goes back to the pool otherwise.
 void Scheduler::fiber_main() {
   for (;;) {
-    ThreadState& thread = running();
+    Thread& thread = *current;
     launch_->kernel->invoke(addresses_, thread);
-    Fiber* fiber = thread.fiber;
-    exited();
-    next(fiber, true);
+    Fiber* fiber = fibers_[thread.thread_index];
+    exited(thread);
+    Thread* to = next();
+    if (to == &host_ && started_ < info_.thread_count) {
+      begin(fiber);
+      continue;
+    }
+    fiber->next = pool_, pool_ = fiber;
+    current = to;
+    switch_context(&thread.context, &to->context);
   }
 }
 
-void Scheduler::exited() {
-  ThreadState& thread = running();
-  thread.exited = true;
-  thread.fiber = nullptr;
+void Scheduler::exited(const Thread& thread) {
+  fibers_[thread.thread_index] = nullptr;
   live_--;
-  exited_++;
   Simdgroup& simdgroup = simdgroups_[thread.simdgroup];
   simdgroup.live &= ~(1u << thread.lane);
   if (simdgroup.waiting && simdgroup.waiting == simdgroup.live) complete(thread.simdgroup);
-  if (arrived_ && arrived_ == live_) release_barrier();
 }
 
 // ---- threadgroup barriers -----------------------------------------------------------------------------------------
 
-static void describe(Fault& what, const ThreadState& thread, bool other) {
+void Scheduler::describe(Fault& what, const Thread& thread, bool other) const {
   (other ? what.other_thread : what.thread) = int32_t(thread.thread_index);
-  if (thread.exited || !thread.fiber) return;
+  if (!fibers_[thread.thread_index]) return;
   uint64_t* pcs = other ? what.other_pcs : what.pcs;
   if (&thread == current) {                                   // not switched out: walk from here
     backtrace(__builtin_frame_address(0), pcs, kFrames);
     return;
   }
-  pcs[0] = thread.fiber->resumes_at();
-  backtrace(thread.fiber->frame(), pcs + 1, kFrames - 1);
+  pcs[0] = reinterpret_cast<uint64_t>(thread.context.pc);
+  backtrace(thread.context.fp, pcs + 1, kFrames - 1);
 }
 
-__attribute__((noinline)) void Scheduler::barrier_slowly() {
-  Fiber* fiber = running().fiber;
-  if (arrived_ == live_) release_barrier();
-  next(fiber, false);
+inline __attribute__((always_inline)) Turn Scheduler::barrier([[maybe_unused]] unsigned flags) {
+#ifdef ASSAY_CHECKED
+  flags_[current->thread_index] = flags;
+#endif
+  return turn();
 }
 
-// Usually the next thread in the queue is switched to right here, without a frame of its own and by a jump: a return
-// would be predicted to come from the barrier that this thread has called, and it goes on behind the last one.
-inline __attribute__((always_inline)) void Scheduler::barrier(unsigned flags, uint64_t site) {
-  ThreadState& thread = running();
-  thread.wait = Wait::barrier;
-  thread.flags = flags;
-  barrier_sites_[thread.thread_index] = site;
-  if (!arrived_) first_site_ = site, other_sites_ = 0;
-  other_sites_ |= site ^ first_site_;
-  if (__builtin_expect(++arrived_ != live_ && head_ != tail_, 1)) {
-    ThreadState& then = threads_[ready_[head_ & (kMaxThreads - 1)]];
-    if (Fiber* to = then.fiber) {
-      head_++;
-      current = &then;
-      return rt_switch(&thread.fiber->sp, to->sp);
-    }
-  }
-  barrier_slowly();
+Turn arrive_at_barrier(unsigned flags) { return scheduler->barrier(flags); }
+
+bool Scheduler::any_lane_waits() const {
+  uint32_t waiting = 0;
+  for (unsigned s = 0; s < info_.simdgroup_count; s++) waiting |= simdgroups_[s].waiting;
+  return waiting != 0;
 }
 
-void threadgroup_barrier(unsigned flags) {
-  scheduler->barrier(flags, reinterpret_cast<uint64_t>(__builtin_return_address(0)));
-}
-
+// Nobody is ready and no lane waits for others: all that live are at a threadgroup barrier.
 void Scheduler::release_barrier() {
   counts.barriers++;
-  bool look = other_sites_ != 0;
+  bool look = sites_differ();
 #ifdef ASSAY_CHECKED
   look = true;
 #endif
   if (look) look_at_barrier();
-  arrived_ = 0;
+  head_ = tail_ = 0;
+  unsigned count = info_.simdgroup_count, start = 0;
   if (launch_->seeded) {
-    for (uint32_t i = 0; i < info_.thread_count; i++) threads_[i].wait = Wait::none;
-    unsigned count = info_.simdgroup_count, start = unsigned(random() % count);
-    for (unsigned s = 0; s < count; s++) push_lanes((start + s) % count, simdgroups_[(start + s) % count].live);
+    start = unsigned(random() % count);
+  } else if (live_ == info_.thread_count) {
+    for (uint32_t i = 0; i < live_; i++) line_[i] = &threads_[i];
+    tail_ = live_;
     return;
   }
-  for (uint32_t i = 0; i < info_.thread_count; i++) {
-    threads_[i].wait = Wait::none;
-    if (!threads_[i].exited) push(i);
-  }
+  for (unsigned s = 0; s < count; s++) push_lanes((start + s) % count, simdgroups_[(start + s) % count].live);
+}
+
+// Whether looking closer may find divergence. Threads that have ended count, so that this loop stays as short as it is:
+// it runs for every thread at every barrier.
+bool Scheduler::sites_differ() const {
+  uintptr_t first = reinterpret_cast<uintptr_t>(threads_[0].context.pc), bits = 0;
+  for (uint32_t i = 0; i < info_.thread_count; i++) bits |= reinterpret_cast<uintptr_t>(threads_[i].context.pc) ^ first;
+  return bits != 0;
 }
 
 // Who came to the barrier, and from where: divergence, and in checked mode which memory it orders.
 void Scheduler::look_at_barrier() {
-  ThreadState* first = nullptr;
-  ThreadState* different = nullptr;
+  const Thread* first = nullptr;
+  const Thread* different = nullptr;
   [[maybe_unused]] unsigned flags = ~0u;
   for (uint32_t i = 0; i < info_.thread_count; i++) {
-    ThreadState& thread = threads_[i];
-    if (thread.wait != Wait::barrier) continue;
+    const Thread& thread = threads_[i];
+    if (!lives(thread)) continue;
     if (!first) first = &thread;
-    if (!different && barrier_sites_[i] != barrier_sites_[first->thread_index]) different = &thread;
-    flags &= thread.flags;
+    if (!different && thread.context.pc != first->context.pc) different = &thread;
+#ifdef ASSAY_CHECKED
+    flags &= flags_[i];
+#endif
   }
 #ifdef ASSAY_CHECKED
-  if (!different && exited_)
+  if (!different && live_ != info_.thread_count)
     for (uint32_t i = 0; i < info_.thread_count && !different; i++)
-      if (threads_[i].exited) different = &threads_[i];
+      if (!lives(threads_[i])) different = &threads_[i];
 #endif
   if (different) {
     Fault what = fault(kind_barrier_divergence);
@@ -283,8 +289,8 @@ void Scheduler::look_at_barrier() {
 
 // ---- simdgroup exchanges ------------------------------------------------------------------------------------------
 
-void Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site) {
-  ThreadState& thread = running();
+Turn Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site) {
+  Thread& thread = *current;
   Simdgroup& simdgroup = simdgroups_[thread.simdgroup];
   unsigned lane = thread.lane;
   simdgroup.uniform = !simdgroup.waiting || (simdgroup.uniform && simdgroup.sites[__builtin_ctz(simdgroup.waiting)] == site);
@@ -294,10 +300,12 @@ void Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned
   simdgroup.ops[lane] = uint8_t(op);
   simdgroup.flags[lane] = uint8_t(flags);
   simdgroup.waiting |= 1u << lane;
-  thread.wait = Wait::exchange;
-  Fiber* fiber = thread.fiber;
   if (simdgroup.waiting == simdgroup.live) complete(thread.simdgroup);
-  next(fiber, false);
+  return turn();
+}
+
+Turn arrive_at_exchange(const void* value, unsigned size, unsigned op, unsigned flags) {
+  return scheduler->exchange(value, size, op, flags, reinterpret_cast<uint64_t>(__builtin_return_address(0)));
 }
 
 // Completes the exchange of all that wait at one site. Of several sites the lowest address goes first, so that lanes in
@@ -330,7 +338,6 @@ void Scheduler::complete(unsigned index) {
     }
     flags &= simdgroup.flags[lane];
     barrier |= simdgroup.ops[lane] == op_simdgroup_barrier;
-    threads_[index * kSimdWidth + lane].wait = Wait::none;
   }
 #ifdef ASSAY_CHECKED
   if (barrier) check::simd_barrier(index, flags);

@@ -19,15 +19,6 @@ constexpr size_t kArenaBytes = 1024 * 1024;
 constexpr size_t kArenaGap = 4096 + 64;                       // not a multiple of a page: neighbours must not share cache sets
 constexpr unsigned kMaxRegions = 128;
 
-enum class Wait : uint8_t { none, barrier, exchange };
-
-struct ThreadState : Thread {
-  Fiber* fiber;                                               // null before the first run and after the last
-  Wait wait;
-  bool exited;
-  uint32_t flags;
-};
-
 struct Simdgroup {
   uint32_t live, waiting;                                     // one bit a lane
   bool uniform;                                               // all that wait came to the same site
@@ -57,26 +48,31 @@ class Scheduler {
   void begin_launch(const Launch& launch);
   void run(uint32_t linear_threadgroup);
 
-  void barrier(unsigned flags, uint64_t site);
-  void exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
+  Turn barrier(unsigned flags);
+  Turn exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
   void* local(const Site& site, size_t size, size_t align);
   void fiber_main();
   const Fiber* running_fiber() const;
-  const char* find_region(uintptr_t address, int32_t* buffer, int64_t* offset, int64_t* bound) const;
+  bool find_region(uintptr_t address, Fault& what, bool* guess) const;  // whether threadgroup memory was meant, and which
   uint32_t threadgroup_bytes() const { return used_bytes_; }
 
   Counts counts;
 
  private:
-  ThreadState& running() { return static_cast<ThreadState&>(*current); }
   void shape(Vec3 threads);
   void start_order();
-  void push(uint32_t thread) { ready_[tail_++ & (kMaxThreads - 1)] = uint16_t(thread); }
+  void push(uint32_t thread) { line_[tail_++ % kMaxThreads] = &threads_[thread]; }
   void push_lanes(unsigned simdgroup, uint32_t lanes);
-  void next(Fiber* from, bool finished);
-  void exited();
-  void barrier_slowly();
+  Thread* next() { return __builtin_expect(head_ == tail_, 0) ? &host_ : line_[head_++ % kMaxThreads]; }
+  Turn turn();
+  void host_turns();
+  Thread& begin(Fiber* fiber);
+  void exited(const Thread& thread);
+  bool lives(const Thread& thread) const { return simdgroups_[thread.simdgroup].live >> thread.lane & 1; }
+  bool any_lane_waits() const;
+  void describe(Fault& what, const Thread& thread, bool other) const;
   void release_barrier();
+  bool sites_differ() const;
   void look_at_barrier();
   void complete(unsigned simdgroup);
   void check_participation(const Simdgroup& simdgroup, unsigned index, uint32_t group);
@@ -91,17 +87,18 @@ class Scheduler {
   GroupInfo info_;
   Fiber* pool_ = nullptr;
   unsigned fibers_made_ = 0;
-  void* host_sp_ = nullptr;
-  uint32_t head_ = 0, tail_ = 0;
-  uint32_t live_ = 0, arrived_ = 0;
-  uint64_t first_site_ = 0, other_sites_ = 0;                 // of a barrier: the first to arrive, bits in which others differ
-  uint32_t exited_ = 0;
+  Thread host_ = {.group = &info_};                           // the host thread itself, where it takes turns with threads
+  uint32_t live_ = 0, started_ = 0;
   uint64_t random_ = 0;
-  uint16_t ready_[kMaxThreads];
-  uint64_t barrier_sites_[kMaxThreads];
-  ThreadState threads_[kMaxThreads];
+  uint32_t head_ = 0, tail_ = 0;
+  Thread* line_[kMaxThreads];                                 // who is ready, in turn: a ring
+  Thread threads_[kMaxThreads];
+  Fiber* fibers_[kMaxThreads] = {};                           // null before a thread begins and when it has ended
+  uint16_t order_[kMaxThreads];                               // in which they begin
+  uint32_t flags_[kMaxThreads];                               // of the barrier that each waits at, in checked builds
   Simdgroup simdgroups_[kMaxThreads / kSimdWidth];
   char* arena_ = nullptr;
+  size_t arena_room_ = 0;                                     // below it nothing is mapped in so many bytes, above it in twice as many
   char* arena_next_ = nullptr;
   StoredRegion regions_[kMaxRegions];
   unsigned region_count_ = 0, argument_regions_ = 0;
@@ -109,7 +106,8 @@ class Scheduler {
   void* addresses_[96];
 };
 
-extern __thread Scheduler* scheduler;                         // of this host thread
+extern __attribute__((tls_model("initial-exec"))) __thread Scheduler* scheduler;  // of this host thread
+char* reserve_around(size_t bytes, size_t* room);             // memory far from all other; null: there is none
 void set_modules(uintptr_t base, uintptr_t end);              // where the running kernel's code lies
 void begin_recording(Control* control);
 [[noreturn]] void fail(const char* message);                  // ends the worker with a crash that says so

@@ -1,4 +1,5 @@
 // What becomes of a signal that a kernel raises, or of its time running out: a fault in the control page, and the end.
+// After an access in the gaps around buffers and threadgroup memory the kernel goes on instead: the fault is known.
 #include <signal.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -8,6 +9,10 @@
 #include <initializer_list>
 
 #include "worker.h"
+
+#ifdef ASSAY_CHECKED
+#include "check.h"
+#endif
 
 namespace rt {
 namespace {
@@ -31,29 +36,34 @@ void machine_state(void* context, uintptr_t* pc, uintptr_t* frame, uintptr_t* ca
 #endif
 }
 
-void locate(uintptr_t address, Fault& what) {
-  what.offset = int64_t(address);
-  if (scheduler && scheduler->find_region(address, &what.buffer, &what.offset, &what.bound)) {
-    what.space = space_threadgroup;
-    return;
+enum class Way { read, write, unknown };
+
+Way way(void* context) {
+  [[maybe_unused]] auto* state = static_cast<ucontext_t*>(context);
+#if defined(__APPLE__) && defined(__aarch64__)
+  return state->uc_mcontext->__es.__esr >> 6 & 1 ? Way::write : Way::read;
+#elif defined(__APPLE__)
+  return state->uc_mcontext->__es.__err >> 1 & 1 ? Way::write : Way::read;
+#elif defined(__aarch64__)
+  // Records of a size each, one of them the syndrome register, whose bit 6 is WnR (Arm Architecture Reference Manual).
+  const unsigned char* at = reinterpret_cast<const unsigned char*>(state->uc_mcontext.__reserved);
+  for (const unsigned char* end = at + sizeof state->uc_mcontext.__reserved; at + 16 <= end;) {
+    uint32_t head[2];
+    uint64_t syndrome;
+    memcpy(head, at, 8), memcpy(&syndrome, at + 8, 8);
+    if (head[0] == 0x45535201) return syndrome >> 6 & 1 ? Way::write : Way::read;  // ESR_MAGIC (Linux, asm/sigcontext.h)
+    if (head[1] < 16) break;
+    at += head[1];
   }
-  uintptr_t base = reinterpret_cast<uintptr_t>(shared);
-  if (address + (1u << 20) < base || address > base + shared_bytes + (16u << 20)) return;
-  for (int i = 0; i < int(kMaxBuffers); i++) {
-    const Binding& buffer = control().buffers[i];
-    if (!buffer.present || (what.buffer >= 0 && address < base + buffer.offset)) continue;
-    what.buffer = i;
-    what.space = space_device;
-    what.offset = int64_t(address) - int64_t(base + buffer.offset);
-    what.bound = int64_t(buffer.size);
-  }
+  return Way::unknown;
+#else
+  return state->uc_mcontext.gregs[19] >> 1 & 1 ? Way::write : Way::read;  // REG_ERR: bit 1 of a page fault's code
+#endif
 }
 
-void on_signal(int number, siginfo_t* info, void* context) {
-  uintptr_t pc, frame, caller, address = reinterpret_cast<uintptr_t>(info->si_addr);
+void trace(void* context, Fault& what) {
+  uintptr_t pc, frame, caller;
   machine_state(context, &pc, &frame, &caller);
-  Fault what = fault(number == SIGALRM ? kind_timeout : kind_crash);
-  what.op = number;
   what.pcs[0] = pc + 1;                                       // others are return addresses: behind the call
   const Fiber* fiber = scheduler ? scheduler->running_fiber() : nullptr;
   unsigned count = 1;
@@ -64,15 +74,57 @@ void on_signal(int number, siginfo_t* info, void* context) {
 #else
   what.pcs[count] = caller;
 #endif                                                        // last, and dropped if they lie outside the kernel's module
-  if (number == SIGSEGV || number == SIGBUS) {
-    if (fiber && address < fiber->low() && address + kGuardBytes >= fiber->low())
-      snprintf(what.message, sizeof what.message, "the thread's stack of %zu KiB overflowed", kStackBytes / 1024);
-    else
-      locate(address, what);
-  }
+}
+
+[[noreturn]] void end_with(const Fault& what) {
   keep_checker_counts();
   if (!record_unlocked(what)) control().faults[kMostFaults - 1] = what;
-  _exit(70);
+  _exit(kReported);
+}
+
+constexpr uintptr_t kNull = 1u << 20;                         // nearer to zero than this, a null pointer was meant
+
+// An address that no buffer has. True: the kernel may go on, on a page of its own.
+bool outside(uintptr_t address, Way how, Fault& what) {
+  bool guess = false, seen = false;
+#ifdef ASSAY_CHECKED
+  seen = check::judged(address);
+  if (const check::Access* access = check::wild_access(address)) {
+    address = access->address, how = access->what & 2 ? Way::write : Way::read;
+    what.size = access->size;
+  }
+#endif
+  bool near_null = address + kNull < 2 * kNull;
+  bool ours = scheduler && scheduler->find_region(address, what, &guess);
+  if (near_null || !(ours || find_buffer(address, how == Way::write, what, &guess))) {
+    what.offset = int64_t(address);
+    return false;
+  }
+  what.kind = how == Way::write ? kind_out_of_bounds_write : kind_out_of_bounds_read;
+  what.op = guess ? kGuessed : kSeen;
+  if (guess && !ours) return false;
+  if (!seen) record(what);
+  if (lend_page(address, how != Way::read)) return true;
+  what.kind = kind_crash;
+  what.op = 0;
+  snprintf(what.message, sizeof what.message, "ended: it uses more memory outside its buffers than is looked at");
+  return false;
+}
+
+void on_signal(int number, siginfo_t* info, void* context) {
+  if (number == SIGALRM && !late()) return;
+  Fault what = fault(number == SIGALRM ? kind_timeout : kind_crash);
+  what.op = number;
+  trace(context, what);
+  if (number == SIGSEGV || number == SIGBUS) {
+    uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
+    const Fiber* fiber = scheduler ? scheduler->running_fiber() : nullptr;
+    if (fiber && address < fiber->low() && address + kGuardBytes >= fiber->low())
+      snprintf(what.message, sizeof what.message, "the thread's stack of %zu KiB overflowed", kStackBytes / 1024);
+    else if (outside(address, way(context), what))
+      return;
+  }
+  end_with(what);
 }
 
 }  // namespace

@@ -10,16 +10,7 @@
 
 namespace rt {
 
-bool Scheduler::create() {
-  constexpr size_t guard = 64 * 1024;
-  void* memory = mmap(nullptr, kArenaBytes + 2 * guard, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANON, -1, 0);
-  if (memory == MAP_FAILED) return false;
-  char* bytes = static_cast<char*>(memory);
-  mprotect(bytes, guard, PROT_NONE);
-  mprotect(bytes + guard + kArenaBytes, guard, PROT_NONE);
-  arena_ = bytes + guard;
-  return true;
-}
+bool Scheduler::create() { return (arena_ = reserve_around(kArenaBytes, &arena_room_)) != nullptr; }
 
 static void fill_canary(char* begin, char* end) {
   for (char* at = begin; at + 4 <= end; at += 4) memcpy(at, &kCanary, 4);
@@ -88,17 +79,20 @@ void* Scheduler::local(const Site& site, size_t size, size_t align) {
   return region->base;
 }
 
-const char* Scheduler::find_region(uintptr_t address, int32_t* buffer, int64_t* offset, int64_t* bound) const {
+// Far from them all, the region is a guess where there are several.
+bool Scheduler::find_region(uintptr_t address, Fault& what, bool* guess) const {
   uintptr_t arena = reinterpret_cast<uintptr_t>(arena_);
-  if (address + 65536 < arena || address >= arena + kArenaBytes + 65536) return nullptr;
+  if (!arena_ || address + arena_room_ < arena || address >= arena + kArenaBytes + 2 * arena_room_) return false;
+  *guess = region_count_ > 1;
   const StoredRegion* best = nullptr;
   for (unsigned i = 0; i < region_count_; i++)
     if (reinterpret_cast<uintptr_t>(regions_[i].base) <= address || !best) best = &regions_[i];
-  if (!best) return nullptr;
-  *buffer = best->buffer;
-  *offset = int64_t(address - reinterpret_cast<uintptr_t>(best->base));
-  *bound = best->size;
-  return best->base;
+  what.space = space_threadgroup;
+  if (!best) return true;
+  what.buffer = best->buffer;
+  what.offset = int64_t(address - reinterpret_cast<uintptr_t>(best->base));
+  what.bound = best->size;
+  return true;
 }
 
 }  // namespace rt

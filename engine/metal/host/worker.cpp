@@ -1,7 +1,7 @@
 // The worker process: loads kernels, runs launches that its caller describes in shared memory, and dies of what they do.
 //
-// Commands come over a pipe: 'L' length path loads a module and answers with its kernels; 'R' size runs the launch in the
-// control page and answers 'D'. A signal that a kernel raises is written into the control page as a fault; then the worker
+// Commands come over a pipe: 'L' length path loads a module and answers with its kernels; 'R' runs the launch in the control
+// page and answers 'D'. A signal that a kernel raises is written into the control page as a fault; then the worker
 // ends and its caller starts another.
 #include <dlfcn.h>
 #include <errno.h>
@@ -21,8 +21,7 @@
 
 namespace rt {
 
-char* shared = nullptr;
-size_t shared_bytes = 0;
+Control* shared = nullptr;
 Launch launch;
 
 void die(const char* what) {
@@ -43,6 +42,8 @@ Loaded kernels[kMostKernels];
 uint32_t kernel_count = 0;
 
 int shared_fd = -1;
+pid_t caller = 0;
+uint64_t deadline = 0;
 
 bool read_all(int fd, void* to, size_t bytes) {
   for (char* at = static_cast<char*>(to); bytes;) {
@@ -75,16 +76,12 @@ uint64_t now() {
 void begin_checks() {
   check::Region regions[kMaxBuffers];
   size_t count = 0;
-  for (unsigned i = 0; i < launch.kernel->count; i++) {
-    const Parameter& parameter = launch.kernel->parameters[i];
-    if (parameter.kind != param_buffer) continue;
-    const Binding& buffer = control().buffers[parameter.index];
+  for (const Piece& piece : pieces()) {
+    const Binding& buffer = control().buffers[piece.buffer];
     check::Space space = buffer.constant ? check::Space::constant : check::Space::device;
-    regions[count++] = {parameter.index, space, reinterpret_cast<uintptr_t>(shared + buffer.offset), buffer.size,
-                        buffer.writable != 0, buffer.initialised != 0};
+    regions[count++] = {piece.buffer, space, piece.base, piece.size, piece.writable, buffer.initialised != 0};
   }
-  uintptr_t base = reinterpret_cast<uintptr_t>(shared);
-  check::begin_launch(regions, count, base + control().arena_begin, base + control().arena_end);
+  check::begin_launch(regions, count);
 }
 
 #else
@@ -93,13 +90,10 @@ void begin_checks() {}
 
 // ---- commands -----------------------------------------------------------------------------------------------------
 
-void map_shared(size_t bytes) {
-  if (bytes == shared_bytes) return;
-  if (shared) munmap(shared, shared_bytes);
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED, shared_fd, 0);
+void map_control() {
+  void* memory = mmap(nullptr, kControlBytes, PROT_READ | PROT_WRITE, MAP_SHARED, shared_fd, 0);
   if (memory == MAP_FAILED) die("shared memory");
-  shared = static_cast<char*>(memory);
-  shared_bytes = bytes;
+  shared = static_cast<Control*>(memory);
 }
 
 void prepare() {
@@ -107,6 +101,7 @@ void prepare() {
   const Kernel& kernel = kernels[given.kernel].kernel;
   set_modules(kernels[given.kernel].base, kernels[given.kernel].base + kModuleSpan);
   begin_recording(&given);
+  if (given.flags & flag_fresh_layout) map_buffers(shared_fd);
   memset(&given.counts, 0, sizeof given.counts);
   launch.kernel = &kernel;
   launch.threadgroups = given.threadgroups, launch.threads = given.threads, launch.grid = given.grid;
@@ -114,18 +109,26 @@ void prepare() {
   launch.seed = launch.seeded ? given.seed : 0;
   memcpy(launch.threadgroup_memory, given.threadgroup_memory, sizeof launch.threadgroup_memory);
   for (unsigned i = 0; i < kernel.count; i++)
-    launch.addresses[i] = kernel.parameters[i].kind == param_buffer ? shared + given.buffers[kernel.parameters[i].index].offset : nullptr;
-  if (given.flags & flag_fresh_canaries) fill_gaps();
+    launch.addresses[i] = kernel.parameters[i].kind == param_buffer ? address_of(kernel.parameters[i].index) : nullptr;
+  if (given.flags & flag_fresh_layout) fill_gaps();
+}
+
+// The time limit, in ticks of a second at most: a worker whose caller has died in the middle of a launch ends at the next.
+void set_timer(uint64_t microseconds) {
+  constexpr uint64_t tick = 1000000;
+  itimerval timer{};
+  uint64_t first = microseconds < tick ? microseconds : tick;
+  timer.it_value.tv_sec = time_t(first / tick), timer.it_value.tv_usec = suseconds_t(first % tick);
+  if (microseconds > tick) timer.it_interval.tv_sec = 1;
+  setitimer(ITIMER_REAL, &timer, nullptr);
 }
 
 void run() {
   prepare();
-  itimerval limit{};
-  limit.it_value.tv_sec = time_t(control().timeout_microseconds / 1000000);
-  limit.it_value.tv_usec = suseconds_t(control().timeout_microseconds % 1000000);
   begin_checks();
-  setitimer(ITIMER_REAL, &limit, nullptr);
   uint64_t started = now();
+  deadline = started + control().timeout_microseconds * 1000;
+  set_timer(control().timeout_microseconds);
 #ifdef ASSAY_CHECKED
   run_alone();
 #else
@@ -133,12 +136,12 @@ void run() {
   else run_side_by_side(control().host_threads - 1);
 #endif
   control().counts.nanoseconds = now() - started;
-  limit.it_value = {};
-  setitimer(ITIMER_REAL, &limit, nullptr);
+  set_timer(0);
 #ifdef ASSAY_CHECKED
   check::end_launch();
 #endif
   keep_checker_counts();
+  take_back_pages();
   check_gaps();
 }
 
@@ -158,7 +161,8 @@ void load(const char* path, int answer) {
     say("%u\t%s", i, kernel.name);
     for (unsigned p = 0; p < kernel.count; p++) {
       const ParameterInfo& info = kernel.infos[p];
-      say("\t%u:%u:%d:%d:%d", info.size, info.align, int(info.is_const), int(info.is_pointer), int(info.is_reference));
+      say("\t%u:%u:%d:%d:%d:%d:%d", info.size, info.align, int(info.is_const), int(info.is_pointer), int(info.is_reference),
+          int(info.element), int(info.element_size));
     }
     say("%s", "\n");
   }
@@ -177,9 +181,6 @@ int serve(int commands, int answers) {
       path[length] = 0;
       load(path, answers);
     } else if (command == 'R') {
-      uint64_t bytes;
-      if (!read_all(commands, &bytes, sizeof bytes)) return 1;
-      map_shared(size_t(bytes));
       run();
       write_all(answers, "D", 1);
     } else {
@@ -190,6 +191,13 @@ int serve(int commands, int answers) {
 }
 
 }  // namespace
+
+bool late() {
+  if (getppid() != caller) _exit(0);
+  uint64_t time = now();
+  if (time < deadline && deadline - time < 1000000000) set_timer((deadline - time) / 1000 + 1);
+  return time >= deadline;
+}
 
 void keep_checker_counts() {
 #ifdef ASSAY_CHECKED
@@ -214,6 +222,8 @@ void register_kernel(const Kernel& kernel) {
 int main(int count, char** arguments) {
   if (count != 4) return 2;
   rt::shared_fd = atoi(arguments[1]);
+  rt::caller = getppid();
+  rt::map_control();
   rt::signal_stack();
   rt::catch_signals();
   return rt::serve(atoi(arguments[2]), atoi(arguments[3]));

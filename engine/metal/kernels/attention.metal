@@ -117,6 +117,8 @@ kernel void kernel_attention(constant AttentionArgs & args [[buffer(0)]],
     }
 }
 
+#ifndef ASSAY_FUNCTIONS_ONLY
+
 #define BY_TYPE(name, T)                                                                        \
     template [[host_name("kernel_attention_" #name)]] [[kernel]]                                \
     decltype(kernel_attention<T>) kernel_attention<T>;
@@ -124,3 +126,5 @@ kernel void kernel_attention(constant AttentionArgs & args [[buffer(0)]],
 BY_TYPE(f32, float)
 BY_TYPE(f16, half)
 BY_TYPE(bf16, bfloat)
+
+#endif

@@ -71,6 +71,8 @@ kernel void kernel_swiglu(constant SwigluArgs & args [[buffer(0)]],
     out[at] = X(silu * u * (args.has_weights ? weights[position.y] : 1.0f));
 }
 
+#ifndef ASSAY_FUNCTIONS_ONLY
+
 #define BY_TYPE(name, X)                                                                        \
     template [[host_name("kernel_rope_" #name)]] [[kernel]]                                     \
     decltype(kernel_rope<X>) kernel_rope<X>;                                                    \
@@ -80,3 +82,5 @@ kernel void kernel_swiglu(constant SwigluArgs & args [[buffer(0)]],
 BY_TYPE(f32, float)
 BY_TYPE(f16, half)
 BY_TYPE(bf16, bfloat)
+
+#endif

@@ -3,8 +3,7 @@
 // n tokens, each routed to top_k distinct experts of E. A pair is token·top_k + slot. Weights are blocks [E, M, K] (M
 // rows of K elements, K a whole number of blocks), outputs float [n, top_k, M]: the row of a pair is the pair itself.
 // The right-hand side x is [n, x_slots, K], x_slots 1 (all slots of a token read one row) or top_k (a row for each).
-// Everything is contiguous. Entry points are at the end of the file; what they run is plain functions, so that
-// mx.fast.metal_kernel can take the same text without them (ASSAY_FUNCTIONS_ONLY).
+// Everything is contiguous.
 
 #include <metal_stdlib>
 #include <metal_simdgroup>
@@ -175,8 +174,6 @@ void mul_mv_id(MatmulArgs args, device const Block * weights, device const X * x
     }
 }
 
-#ifndef ASSAY_FUNCTIONS_ONLY
-
 // kernel_mul_mm_id_map: which pairs each expert has.
 //   buffers      0 MapArgs; 1 experts int [n, top_k], distinct in a row; 2 counts uint [E] (out);
 //                3 pairs uint [E, n] (out; pairs[e, i] for i < counts[e], by ascending token, the rest is left alone)
@@ -240,6 +237,8 @@ kernel void kernel_mul_mv_id(constant MatmulArgs & args [[buffer(0)]],
                              ushort lane [[thread_index_in_simdgroup]]) {
     mul_mv_id<Block, X>(args, weights, x, experts, out, 4 * group.x + simdgroup, group.y, lane);
 }
+
+#ifndef ASSAY_FUNCTIONS_ONLY
 
 #define MUL_MM_ID(format, name, X, tile)                                                   \
     template [[host_name("kernel_mul_mm_id_" #format "_" #name "_n" #tile)]] [[kernel]]    \

@@ -85,6 +85,8 @@ kernel void kernel_softmax(constant SoftmaxArgs & args [[buffer(0)]],
     }
 }
 
+#ifndef ASSAY_FUNCTIONS_ONLY
+
 #define BY_TYPE(name, T)                                                                        \
     template [[host_name("kernel_rms_norm_" #name)]] [[kernel]]                                 \
     decltype(kernel_rms_norm<T>) kernel_rms_norm<T>;                                            \
@@ -94,3 +96,5 @@ kernel void kernel_softmax(constant SoftmaxArgs & args [[buffer(0)]],
 BY_TYPE(f32, float)
 BY_TYPE(f16, half)
 BY_TYPE(bf16, bfloat)
+
+#endif

@@ -59,8 +59,7 @@ class Encoder:
         self.kernel = pipeline.kernel
 
     def setBuffer_offset_atIndex_(self, buffer: Buffer, offset: int, index: int) -> None:
-        assert offset == 0
-        self.buffers[index] = buffer
+        self.buffers[index] = np.frombuffer(buffer.data, np.uint8)[offset:]
 
     def setThreadgroupMemoryLength_atIndex_(self, size: int, index: int) -> None:
         assert size % 16 == 0
@@ -76,8 +75,7 @@ class Encoder:
         self.command.work = self.run
 
     def run(self) -> None:
-        arrays = {index: np.frombuffer(buffer.data, np.uint8) for index, buffer in self.buffers.items()}
-        self.kernel.launch(arrays, threadgroup_memory=self.memory, **self.dispatch)
+        self.kernel.launch(self.buffers, threadgroup_memory=self.memory, **self.dispatch)
 
 
 class Command:

@@ -35,6 +35,8 @@ def test_reports_the_planted_fault(plant: Plant) -> None:
         assert fault.offset == plant.offset
     if plant.size is not None:
         assert fault.size == plant.size
+    if plant.where is not None:
+        assert (fault.thread, fault.threadgroup) == ((plant.where[0], 0, 0), (plant.where[1], 0, 0))
 
 
 @pytest.mark.parametrize("plant", [plant for plant in PLANTS if plant.file == "alignment"], ids=lambda p: p.kernel)

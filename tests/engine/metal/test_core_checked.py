@@ -168,18 +168,10 @@ def test_the_cache_is_keyed_by_content(monkeypatch: pytest.MonkeyPatch, tmp_path
 
 
 def test_a_compiler_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler.command.cache_clear()
-    try:
-        monkeypatch.setenv("ASSAY_CXX", "/nowhere/clang++")
-        with pytest.raises(MetalError, match=r"/nowhere/clang\+\+ does not start"):
-            compile(SOURCE)
-        compiler.command.cache_clear()
-        monkeypatch.delenv("ASSAY_CXX")
-        monkeypatch.setattr(compiler, "find_spec", lambda name: None)
-        with pytest.raises(MetalError, match="pip install ziglang"):
-            compile(SOURCE)
-    finally:
-        compiler.command.cache_clear()
+    monkeypatch.delenv("ASSAY_CXX", raising=False)
+    monkeypatch.setattr(compiler, "find_spec", lambda name: None)
+    with pytest.raises(MetalError, match="pip install ziglang"):
+        compile(SOURCE)
 
 
 def test_the_cache_of_another_checkout_is_not_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

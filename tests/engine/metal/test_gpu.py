@@ -68,6 +68,18 @@ def test_one_array_at_two_indices_is_one_buffer(registered: list[bytes]) -> None
     np.testing.assert_array_equal(both, 2 * X)
 
 
+def test_arrays_that_overlap_are_one_buffer_at_two_offsets(registered: list[bytes]) -> None:
+    both = np.arange(64, dtype=np.float32)
+    compile(SOURCE, device="gpu")["copy"].launch({0: both[:40], 1: both[32:], 2: ARGS}, threadgroups=1, threads=32)
+    np.testing.assert_array_equal(both[32:], 2 * X)
+    np.testing.assert_array_equal(both[:32], X)
+
+
+def test_missing_buffers_are_named(copy: Kernel) -> None:
+    with pytest.raises(MetalError, match=r"copy: nothing is bound to buffer\(1\)"):
+        copy.launch({0: X, 2: ARGS}, threadgroups=1, threads=32)
+
+
 @pytest.mark.parametrize(
     ("change", "kind", "words"),
     [

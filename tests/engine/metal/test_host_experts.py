@@ -1,22 +1,28 @@
-"""The engine with its routed experts in Metal kernels on the host: what runs, what is said of it, what is refused."""
+"""The engine with its routed experts in its own Metal kernels: what runs, what is said of it, what is refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 import engine
+from engine import device
+from engine.device import Device
 from engine.errors import CheckpointError, DeviceError
 from engine.metal import table
+from engine.metal.kernels import host, ops
 from engine.metal.library import Kernel
+from tests.engine.metal.mlx_on_host import OnHost, stand_in
 from tests.engine.tiny import make_checkpoint
 
 SIZE_256 = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 4}
 TOKENS = [3, 17, 60, 2, 9, 9, 41, 28]
 PARTS = ("experts", "gate", "up", "act", "down")
+on_host = pytest.fixture(stand_in)
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +77,24 @@ def test_prefill_and_decode_of_one_run_are_both_told(blocks: Path, launches: lis
     assert model.kernels["layers.1.moe.down"] == ["kernel_mul_mv_id_q4_K_f32"]
 
 
+def test_the_record_is_of_the_launch_not_of_the_plan(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library that gives another kernel than it was asked for: the record has the one that ran."""
+    lib = host.library("elementwise.metal", False)
+
+    class Swapped:
+        def __getitem__(self, name: str) -> Kernel:
+            return lib[name.replace("swiglu_f32", "swiglu_f16")]
+
+    original = host.library
+    monkeypatch.setattr(host, "library", lambda name, checked: Swapped() if "elem" in name else original(name, checked))
+    gate = np.ones((1, 8), np.float16)
+    noted: list[str] = []
+    plan = table.plan_swiglu("float32", 1, 8)
+    half = (gate, "float16")
+    host.run(plan, [ops.pack("iiiif", 1, 8, 0, 0, 0), half, half, None], [((1, 8), "float16")], note=noted.append)
+    assert noted == ["kernel_swiglu_f16"]
+
+
 def test_mlx_launches_none_of_them(blocks: Path, launches: list[str]) -> None:
     model = engine.load(blocks, dtype="float32", device="cpu")
     model.run(TOKENS)
@@ -89,6 +113,38 @@ def test_both_kinds_of_kernels_compute_one_model(blocks: Path) -> None:
         assert seen["layers.0.moe.weights"].dtype == np.float32
         assert seen["layers.0.moe.experts"].dtype == np.int32
     assert np.abs(outputs["host"] - outputs["mlx"]).max() < 1e-2 * np.abs(outputs["mlx"]).max()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_apple_gpu_is_given_the_same_launches(
+    blocks: Path, monkeypatch: pytest.MonkeyPatch, on_host: OnHost, dtype: str
+) -> None:
+    """What `kernels="metal"` sends to MLX, run by the host executor: the host's bits, and the host's record."""
+    host_engine = engine.load(blocks, dtype=dtype, kernels="host")
+    monkeypatch.setattr(device, "_probe", lambda name: Device(name=name, available=True, detail="a stand-in"))
+    monkeypatch.setattr(Device, "handle", mx.Device(mx.cpu))
+    metal_engine = engine.load(blocks, dtype=dtype, kernels="metal")
+    actual, expected = {}, {}
+    metal_engine.run(TOKENS, tap=actual.__setitem__, chunk=7)
+    host_engine.run(TOKENS, tap=expected.__setitem__, chunk=7)
+    assert actual.keys() == expected.keys()
+    for name in expected:
+        assert np.array_equal(actual[name], expected[name]), name
+    assert metal_engine.kernels == host_engine.kernels != {}
+    assert metal_engine.provenance["device"] == "metal"
+    assert metal_engine.provenance["arithmetic"]["experts"] == host_engine.provenance["arithmetic"]["experts"]
+    told = [name for tokens in (7, 1) for names in expected_names(dtype, tokens).values() for name in names]
+    for (exported, _), name in zip(on_host.calls, told, strict=True):
+        assert exported.name.startswith(f"custom_kernel_{name}_")
+
+
+def test_no_apple_gpu_is_one_clear_line(blocks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    told = (
+        r"^--kernels metal needs an Apple GPU; MLX has Metal on macOS .*: --kernels host runs the same .* on the CPU$"
+    )
+    with pytest.raises(DeviceError, match=told):
+        engine.load(blocks, kernels="metal")
 
 
 def test_weights_are_the_values_of_the_blocks_that_the_kernels_read(blocks: Path) -> None:
@@ -111,9 +167,14 @@ def test_the_claims_are_those_of_the_weaker_kernel(blocks: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "told"),
     [
-        ({"kernels": "cuda"}, ValueError, "kernels is 'cuda'; one of mlx, host"),
-        ({"kernels": "host", "device": "metal"}, DeviceError, "'metal': the host's kernels run on the CPU"),
-        ({"kernels": "host", "dtype": "bfloat16"}, ValueError, "'bfloat16'; the host's kernels multiply float32 and"),
+        ({"kernels": "cuda"}, ValueError, "kernels is 'cuda'; one of mlx, host, metal"),
+        ({"kernels": "host", "device": "metal"}, DeviceError, "'metal': kernels host run on the CPU"),
+        (
+            {"kernels": "metal", "device": "cpu"},
+            DeviceError,
+            "'cpu': kernels metal run on an Apple GPU; ask for device",
+        ),
+        ({"kernels": "host", "dtype": "bfloat16"}, ValueError, "'bfloat16'; our kernels multiply float32 and"),
         ({"kernels": "host", "dtype": "float8"}, ValueError, "one of float32, float16, bfloat16"),
     ],
 )

@@ -12,7 +12,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from engine.metal.kernels import host
+from engine.metal.kernels import host, ops
 from tests.engine.metal.kernel_oracle import U32, assert_within
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -149,7 +149,7 @@ def route64(
     return ids, weights * factor
 
 
-@pytest.mark.parametrize("scoring", host.SCORING)
+@pytest.mark.parametrize("scoring", ops.SCORING)
 @pytest.mark.parametrize(("E", "K"), [(1, 1), (16, 6), (32, 32), (33, 8), (256, 6), (1000, 8)])
 @pytest.mark.parametrize("biased", [False, True])
 def test_router(scoring: str, E: int, K: int, biased: bool) -> None:
@@ -189,7 +189,7 @@ def test_cold_experts_keep_their_order() -> None:
     assert_within(weights, np.exp(logits[:, ids[0]].astype(np.float64) / 2), 1e-6 * weights)
 
 
-@pytest.mark.parametrize("scoring", host.SCORING)
+@pytest.mark.parametrize("scoring", ops.SCORING)
 def test_ties_go_to_the_lowest_id(scoring: str) -> None:
     E = 70
     logits = np.zeros((3, E), np.float32)

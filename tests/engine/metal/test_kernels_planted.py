@@ -13,7 +13,7 @@ import pytest
 
 from engine.metal import table
 from engine.metal.errors import MetalError
-from engine.metal.kernels import apple, host
+from engine.metal.kernels import apple, host, ops
 from engine.metal.library import Run, compile
 from tests.engine.metal.kernel_oracle import Case, make_case, random_blocks, routed
 
@@ -22,7 +22,7 @@ MOE = apple.source_text(table.KERNELS / "moe.metal")
 
 def launched(text: str, case: Case, plan: table.Dispatch, *, checked: bool = False, **changes: Any) -> tuple[Any, Run]:
     """The matmul of a source text, as host.mul_mm_id launches it; returns the outputs with unwritten ones NaN."""
-    experts, M, args = host._operands(case.x, case.blocks, case.ids, case.kind)
+    experts, M, args = ops._operands(case.x, case.blocks, case.ids, case.kind)
     counts, pairs = host.expert_pairs(case.ids, experts)
     out = np.full((*case.ids.shape, M), np.nan, np.float32)
     options = {
@@ -32,7 +32,10 @@ def launched(text: str, case: Case, plan: table.Dispatch, *, checked: bool = Fal
         "outputs": (5,),
     }
     kernel = compile(text, checked=checked)[plan.kernel]
-    run = kernel.launch({0: args, 1: case.blocks, 2: case.x, 3: counts, 4: pairs, 5: out}, **(options | changes))
+    # x as bytes, as Metal binds it: the executor would refuse an array of another type than the kernel's.
+    run = kernel.launch(
+        {0: args, 1: case.blocks, 2: case.x.view(np.uint8), 3: counts, 4: pairs, 5: out}, **(options | changes)
+    )
     return out, run
 
 

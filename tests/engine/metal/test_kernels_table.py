@@ -76,6 +76,15 @@ def test_the_sources_have_what_the_table_names_and_nothing_else(source: str) -> 
     assert {plan.source for plan in PLANS[source]} == {source}
 
 
+@pytest.mark.parametrize("source", PLANS)
+def test_an_entry_is_what_the_source_instantiates_under_the_name(source: str) -> None:
+    scanned = host.library(source, False)._source
+    for plan in PLANS[source]:
+        declared = scanned.kernels[plan.kernel]
+        first, end = declared.entry or (declared.function.name_at, declared.function.name_at + 1)
+        assert "".join(token.was for token in scanned.tokens[first:end]) == plan.entry.replace(" ", "")
+
+
 def test_every_metal_file_is_in_the_table() -> None:
     assert {path.name for path in table.KERNELS.glob("*.metal")} == set(PLANS)
 

@@ -43,3 +43,17 @@ kernel void misaligned_in_threadgroup(device const float* in [[buffer(0)]], devi
     float4 row = *(threadgroup float4*)(tile + PLANT(1, 4) * (t % 8));  // expect: misaligned
     out[i] = row.x + row.w;
 }
+
+kernel void misaligned_float2(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                              uint i [[thread_position_in_grid]]) {
+    if (i >= 8) return;
+    float2 pair = *(device const float2*)(in + 2 * i + PLANT(1, 0));  // expect: misaligned
+    out[i] = pair.x + pair.y;
+}
+
+kernel void misaligned_atomic(device float* out [[buffer(1)]], device uchar* bytes [[buffer(4)]],
+                              uint i [[thread_position_in_grid]]) {
+    out[i] = 0;
+    if (i != 3) return;
+    atomic_fetch_add_explicit((device atomic_uint*)(bytes + 4 * i + PLANT(2, 0)), 1u, memory_order_relaxed);  // expect: misaligned
+}

@@ -91,3 +91,33 @@ kernel void endless_loop(device const float* in [[buffer(0)]], device float* out
     }
     out[i] = in[i];
 }
+
+// Two branches, each with a sum over the lanes in it: defined, as is one after half of the lanes have ended.
+kernel void sums_in_branches(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                             uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
+    float sum = lane < 8 ? simd_sum(in[i]) : -simd_sum(in[i]);
+    if (lane % 2) {
+        out[i] = sum;
+        return;
+    }
+    out[i] = simd_max(sum) + simd_prefix_exclusive_sum(in[i]);
+}
+
+kernel void broadcast_from_a_lane_that_returned(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                                uint i [[thread_position_in_grid]],
+                                                uint lane [[thread_index_in_simdgroup]]) {
+    out[i] = 0;
+    PLANT(if (lane == 5) return;, )
+    out[i] = simd_broadcast(in[i], ushort(5));  // expect: simdgroup-divergence
+}
+
+// A loop whose turns differ by thread: some wait at its barrier while others are behind the loop.
+kernel void barrier_in_an_uneven_loop(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                      threadgroup float* tile [[threadgroup(0)]], uint i [[thread_position_in_grid]],
+                                      uint t [[thread_index_in_threadgroup]]) {
+    tile[t] = in[i];
+    for (uint k = 0; k < PLANT(1 + t / 32, 2); k++) {
+        threadgroup_barrier(mem_flags::mem_threadgroup);  // expect: barrier-divergence
+    }
+    out[i] = tile[t];
+}

@@ -139,6 +139,33 @@ kernel void last_threadgroup_sums(device const float* in [[buffer(0)]], device f
     out[0] = sum;
 }
 
+// One side atomic, one plain, in threadgroup memory.
+kernel void plain_store_beside_atomics(device float* out [[buffer(1)]], uint i [[thread_position_in_grid]],
+                                       uint t [[thread_index_in_threadgroup]]) {
+    threadgroup atomic_uint count;
+    if (t == 0) atomic_store_explicit(&count, 0u, memory_order_relaxed);
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    atomic_fetch_add_explicit(&count, 1u, memory_order_relaxed);  // expect: race
+    PLANT(if (t == 40) *(threadgroup uint*)&count = 3;, )  // expect: race
+    out[i] = 0;
+}
+
+// Both fences have a barrier's worth of mistakes: staging goes through device memory, the flag names threadgroup memory.
+kernel void staged_through_both(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                device float* scratch [[buffer(4)]], threadgroup float* tile [[threadgroup(0)]],
+                                uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+    tile[t] = in[i];
+    scratch[i] = in[i];  // expect: race
+    threadgroup_barrier(PLANT(mem_flags::mem_threadgroup, mem_flags::mem_threadgroup | mem_flags::mem_device));
+    out[i] = tile[63 - t] + scratch[i - t + 63 - t];  // expect: race
+}
+
+kernel void two_values_from_two_threadgroups(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                             uint t [[thread_index_in_threadgroup]],
+                                             uint group [[threadgroup_position_in_grid]]) {
+    if (t == 9) out[7] = PLANT(float(group), 1);  // expect: race
+}
+
 // ---- clean in both forms -------------------------------------------------------------------------------------------
 
 kernel void same_value_from_everyone(device float* out [[buffer(1)]], device uint* counter [[buffer(5)]],

@@ -90,3 +90,46 @@ kernel void padding_is_copied(device const float* in [[buffer(0)]], device float
     copied[t] = tagged[63 - t];
     out[i] = copied[t].values[3] + copied[t].tag;
 }
+
+// A struct of which one member is never written: copied as a whole it is no fault, until that member is used.
+struct Pair {
+    float first[4];
+    float second;
+};
+kernel void missing_member_is_used(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                   uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+    threadgroup Pair pairs[64];
+    threadgroup Pair copies[64];
+    for (uint k = 0; k < 4; k++) pairs[t].first[k] = in[i];
+    PLANT(, pairs[t].second = 1;)
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    copies[t] = pairs[63 - t];
+    out[i] = copies[t].first[2] + copies[t].second;  // expect: uninitialised-read
+}
+
+kernel void missing_member_is_copied(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                     uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+    threadgroup Pair pairs[64];
+    threadgroup Pair copies[64];
+    for (uint k = 0; k < 4; k++) pairs[t].first[k] = in[i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    copies[t] = pairs[63 - t];
+    out[i] = copies[t].first[2];
+}
+
+// A maximum kept by atomics, in memory that nobody has set to the least value.
+kernel void maximum_never_cleared(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                  uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+    threadgroup atomic_uint most;
+    PLANT(, if (t == 0) atomic_store_explicit(&most, 0u, memory_order_relaxed);)
+    PLANT(, threadgroup_barrier(mem_flags::mem_threadgroup);)
+    atomic_fetch_max_explicit(&most, uint(in[i]), memory_order_relaxed);  // expect: uninitialised-read
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = float(atomic_load_explicit(&most, memory_order_relaxed));
+}
+
+// Every second element of `out`, which is named in outputs=, stays as it was: NaNs for the caller to see, no fault.
+kernel void output_partly_written(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                  uint i [[thread_position_in_grid]]) {
+    if (i % 2 == 0) out[i] = in[i];
+}

@@ -16,6 +16,7 @@ enum class mem_flags : uint {
   mem_none = 0,
   mem_device = 1,
   mem_threadgroup = 2,
+  mem_device_and_threadgroup = 3,  // an older spelling of both
   mem_texture = 4,
   mem_threadgroup_imageblock = 8,
   mem_object_data = 16,
@@ -28,7 +29,7 @@ enum thread_scope {
   thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup,
   thread_scope_device, thread_scope_system
 };
-enum class memory_scope { memory_scope_simdgroup, memory_scope_threadgroup, memory_scope_device };
+enum memory_scope { memory_scope_simdgroup, memory_scope_threadgroup, memory_scope_device };
 
 METAL_FUNC void threadgroup_barrier(mem_flags flags) { rt::threadgroup_barrier(uint(flags)); }
 METAL_FUNC void threadgroup_barrier(mem_flags flags, memory_scope) { rt::threadgroup_barrier(uint(flags)); }

@@ -42,6 +42,19 @@ METAL_FUNC T quad_shuffled(const T& value, int within) {
   return shuffled(value, source, rt::op_quad);
 }
 METAL_FUNC int quad_lane() { return static_cast<int>(this_lane() & 3); }
+METAL_FUNC unsigned quad_first(const rt::Lanes& lanes) {
+  return quad_base() + static_cast<unsigned>(__builtin_ctz(static_cast<unsigned>(lanes.active >> quad_base()) & 15));
+}
+// As in a simdgroup (shuffle.h), with quads in its place.
+template <class T>
+METAL_FUNC T quad_filled(const T& data, const T& filling, int within, int modulo) {
+  const rt::Lanes lanes = deposit(filled<T>{data, filling}, rt::op_quad);
+  const int base = quad_lane() / modulo * modulo;
+  const bool inside = within >= base && within < base + modulo;
+  const unsigned source = quad_base() + static_cast<unsigned>(base + (within - base + modulo) % modulo);
+  const filled<T> got = read_lane(lanes, source, filled<T>{data, filling}, rt::op_quad);
+  return inside ? got.data : got.filling;
+}
 
 }  // namespace detail
 
@@ -73,6 +86,23 @@ MSL_QUAD_SHUFFLE(quad_shuffle_rotate_up, (detail::quad_lane() - n) & 3)
 MSL_QUAD_SHUFFLE(quad_shuffle_rotate_down, (detail::quad_lane() + n) & 3)
 #undef MSL_QUAD_SHUFFLE
 
+#define MSL_QUAD_FILL(name, source) \
+  template <class T, class V = detail::simd_t<T>>                                                      \
+  METAL_FUNC V name(T data, detail::identity_t<detail::simd_t<T>> filling, ushort delta, ushort modulo = 4) { \
+    return detail::quad_filled(V(data), V(filling), source, modulo);                                   \
+  }
+MSL_QUAD_FILL(quad_shuffle_and_fill_up, detail::quad_lane() - delta)
+MSL_QUAD_FILL(quad_shuffle_and_fill_down, detail::quad_lane() + delta)
+#undef MSL_QUAD_FILL
+
+// The lowest lane of the quad that takes part.
+template <class T, class V = detail::simd_t<T>>
+METAL_FUNC V quad_broadcast_first(T value) {
+  const rt::Lanes lanes = detail::deposit(V(value), rt::op_quad);
+  return detail::deposited<V>(lanes, detail::quad_first(lanes));
+}
+METAL_FUNC bool quad_is_first() { return detail::this_lane() == detail::quad_first(detail::deposit(true, rt::op_quad)); }
+
 struct quad_vote {
   using vote_t = uint;
   vote_t votes;
@@ -82,6 +112,7 @@ struct quad_vote {
   constexpr bool any() const { return votes != 0; }
 };
 METAL_FUNC quad_vote quad_ballot(bool predicate) { return quad_vote(detail::quad_ballot_bits(predicate)); }
+METAL_FUNC quad_vote quad_active_threads_mask() { return quad_vote(detail::quad_ballot_bits(true)); }
 METAL_FUNC bool quad_any(bool predicate) { return detail::quad_ballot_bits(predicate) != 0; }
 METAL_FUNC bool quad_all(bool predicate) { return detail::quad_ballot_bits(!predicate) == 0; }
 

@@ -2,10 +2,10 @@
 // in place.
 //
 // A swizzle turns into the vec of its components wherever a value is wanted; functions of the shim take it as it is.
-// What it is not is a vec: a template parameter vec<T, N> of user code cannot be deduced from it, `c ? a.xy : b.zw`
-// has no common type, and a.xyz.x is no member: these fail to compile. (Compiler properties would be vecs, but clang
-// rejects operators between two dependent ones.) Repeated components (v.xx = w), which MSL rejects as a target, are
-// not rejected here: the last one wins.
+// What it is not is a vec, which templates deduce and `c ? a.xy : b.zw` joins: the rewriter (swizzles.py) puts a call
+// behind every swizzle that is read, v.zyx(), which gives one; a vec answers such a call with itself. (Compiler
+// properties would be vecs, but clang rejects operators between two dependent ones.) Repeated components (v.xx = w),
+// which MSL rejects as a target, are not rejected here: the last one wins.
 #pragma once
 
 #include "bfloat.h"
@@ -25,6 +25,8 @@ struct swizzle {
   static constexpr int indices[] = {I...};
 
   constexpr operator vector() const { return vector(e[I]...); }
+  constexpr vector operator()() const { return vector(e[I]...); }
+  vector operator()() const volatile { return vector(e[I]...); }
   constexpr T& operator[](size_t i) { return e[indices[i]]; }
   constexpr const T& operator[](size_t i) const { return e[indices[i]]; }
   swizzle() = default;

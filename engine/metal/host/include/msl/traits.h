@@ -93,6 +93,9 @@ template <class Base, class Derived> struct is_base_of : bool_constant<is_base_o
 template <class T, class... A> inline constexpr bool is_constructible_v = __is_constructible(T, A...);
 template <class T, class... A> struct is_constructible : bool_constant<is_constructible_v<T, A...>> {};
 
+template <class T> struct rank : integral_constant<size_t, __array_rank(T)> {};
+template <class T, unsigned N = 0> struct extent : integral_constant<size_t, __array_extent(T, N)> {};
+
 template <class... B> struct conjunction : bool_constant<(bool(B::value) && ...)> {};
 template <class... B> struct disjunction : bool_constant<(bool(B::value) || ...)> {};
 template <class B> struct negation : bool_constant<!bool(B::value)> {};

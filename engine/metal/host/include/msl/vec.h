@@ -18,6 +18,7 @@ template <class A> requires is_arithmetic_v<A> struct plain<A> { using type = A;
 template <class T, int N> struct plain<vec<T, N>> { using type = vec<T, N>; static constexpr int width = N; };
 template <class T, int N> struct plain<packed_vec<T, N>> : plain<vec<T, N>> {};
 template <class T, int N, int... I> struct plain<swizzle<T, N, I...>> : plain<vec<T, sizeof...(I)>> {};
+template <class A> struct plain<volatile A> : plain<A> {};
 template <class A> using plain_t = typename plain<A>::type;
 template <class A> inline constexpr int width = plain<A>::width;
 
@@ -27,7 +28,18 @@ inline constexpr bool fills = sizeof...(A) > 1 && (width<A> + ... + 0) == N && (
 template <class A> constexpr const A& component(const A& scalar, int) { return scalar; }
 template <class T, int N> constexpr const T& component(const vec<T, N>& v, int i) { return v.e[i]; }
 template <class T, int N> constexpr const T& component(const packed_vec<T, N>& v, int i) { return v.e[i]; }
+template <class T, int N> const volatile T& component(const volatile vec<T, N>& v, int i) { return v.e[i]; }
+template <class T, int N> const volatile T& component(const volatile packed_vec<T, N>& v, int i) { return v.e[i]; }
 template <class T, int N, int... I> constexpr const T& component(const swizzle<T, N, I...>& v, int i) { return v[i]; }
+
+// What a volatile vector is assigned from. Not the vec itself: that would be one more copy assignment, and turn every
+// union with a vector in it into one that can't be copied.
+template <class V>
+struct assigned {
+  V value;
+  template <class A, enable_if_t<__is_convertible(const A&, V), int> = 0>
+  constexpr assigned(const A& from) : value(from) {}
+};
 
 }  // namespace detail
 
@@ -50,6 +62,10 @@ template <class T, int N, int... I> constexpr const T& component(const swizzle<T
     for (int i = 0; i < N; ++i) e[i] = other.e[i];                                                       \
     return *this;                                                                                        \
   }                                                                                                      \
+  volatile name& operator=(detail::assigned<name> from) volatile {                                       \
+    for (int i = 0; i < N; ++i) e[i] = from.value.e[i];                                                  \
+    return *this;                                                                                        \
+  }                                                                                                      \
   template <class S, enable_if_t<is_arithmetic_v<S>, int> = 0>                                           \
   constexpr name(S scalar) {                                                                             \
     for (int i = 0; i < N; ++i) e[i] = static_cast<T>(scalar);                                           \
@@ -68,7 +84,10 @@ template <class T, int N, int... I> constexpr const T& component(const swizzle<T
     (append(parts), ...);                                                                                \
   }                                                                                                      \
   constexpr T& operator[](size_t i) { return e[i]; }                                                     \
-  constexpr const T& operator[](size_t i) const { return e[i]; }
+  constexpr const T& operator[](size_t i) const { return e[i]; }                                         \
+  volatile T& operator[](size_t i) volatile { return e[i]; }                                             \
+  const volatile T& operator[](size_t i) const volatile { return e[i]; }                                 \
+  constexpr vec<T, N> operator()() const { return *this; }
 
 // `e` holds the elements; x, y, z, w and r, g, b, a name them.
 #define MSL_VEC_ONE(name, N, alignment, xyzw, rgba)                            \
@@ -103,8 +122,8 @@ namespace detail {
 template <class A, class B> struct joined {};
 template <class A, class B> requires(is_arithmetic_v<A> && is_arithmetic_v<B>) struct joined<A, B> {
   static constexpr auto pick() {
-    using a = conditional_t<is_same_v<A, double>, float, A>;
-    using b = conditional_t<is_same_v<B, double>, float, B>;
+    using a = conditional_t<is_same_v<plain_t<A>, double>, float, plain_t<A>>;
+    using b = conditional_t<is_same_v<plain_t<B>, double>, float, plain_t<B>>;
     if constexpr (is_same_v<a, b>) return detail::identity<a>{};
     else if constexpr (is_floating_point_v<a> && is_floating_point_v<b>) return detail::identity<float>{};
     else if constexpr (is_floating_point_v<a>) return detail::identity<a>{};
