@@ -37,7 +37,7 @@ def arithmetic(
     """Claims by op for a run of `config` in `dtype` on `device`; ops that the model hasn't got are left out.
 
     `packed_experts` says whether any expert stack is affine-quantised: with experts from a GGUF file none is.
-    `host_kernels`: the routed experts are this engine's Metal kernels on the host executor.
+    `host_kernels`: the routed experts are this engine's own Metal kernels, on the host executor or an Apple GPU.
     """
     table = _BACKENDS[device.name](dtype, config, device.detail)
     # Inputs are upcast, and a half number is exact in TF32 too, so only a float32 run can lose bits to it.
@@ -157,7 +157,7 @@ def _cuda(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
 
 # engine/metal/kernels/moe.metal: mul_mm_id rounds weights and x to half, multiplies exactly and adds in float.
 # mul_mv_id rounds neither; each product's own rounding in float is less than what rounding its factors may do. The
-# result is float, rounded once to the run's dtype (engine/host_moe.py).
+# result is float, rounded once to the run's dtype (engine/kernel_moe.py).
 _HOST_EXPERTS: Claims = {
     "operand": "float16",
     "accumulate": "float32",

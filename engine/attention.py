@@ -1,18 +1,22 @@
 """Grouped-query attention with RoPE, a sliding window on some layers and, where the model has them, attention sinks.
 
 B batch, L new tokens, S keys, D hidden_size, Hq and Hkv heads, Dh head_dim. Probes are taken token-major, (B, L, H,
-Dh).
+Dh). What a token sees is the cache's to say: position, mask and keys come from there, for one sequence or for a batch.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from engine.cache import Cache
+from engine.caches import Cache
+from engine.caches.codecs import Fetched
+from engine.caches.kinds import Quantized
 from engine.config import Config
 from engine.layers import linear
+from engine.masks import Mask
 from engine.module import Module
 from engine.probes import Probe
+from engine.sdpa import quantized_sdpa, sdpa
 
 
 class Attention(Module):
@@ -41,24 +45,41 @@ class Attention(Module):
         if probe is not None:
             probe("q_proj", q)
             probe("k_proj", k)
-        q = self.rope(q.swapaxes(1, 2), cache.offset)
-        k = self.rope(k.swapaxes(1, 2), cache.offset)
+        offset = cache.offset
+        q = self.rope(q.swapaxes(1, 2), offset)
+        k = self.rope(k.swapaxes(1, 2), offset)
         if probe is not None:
             probe("q", q.swapaxes(1, 2))
             probe("k", k.swapaxes(1, 2))
             probe("v", v)
 
-        mask = cache.mask(L)
-        keys, values = cache.update(k, v.swapaxes(1, 2))
-        context = mx.fast.scaled_dot_product_attention(
-            q, keys, values, scale=self.scale, mask=mask, sinks=self.get("sinks")
-        ).swapaxes(1, 2)
+        mask = cache.make_mask(L)
+        keys, values = cache.update_and_fetch(k, v.swapaxes(1, 2))
+        context = self.attend(q, keys, values, mask, cache).swapaxes(1, 2)
         output = self.o_proj(context.reshape(B, L, -1))
         if probe is not None:
             probe("context", context)
             probe("output", output)
         return output
 
-    def rope(self, x: mx.array, offset: int) -> mx.array:
-        """(B, H, L, Dh) at positions offset…: half-split pairs (j, j + Dh/2), angle position · theta^(−2j/Dh)."""
+    def attend(self, q: mx.array, keys: Fetched, values: Fetched, mask: Mask, cache: Cache) -> mx.array:
+        """q (B, Hq, L, Dh) over what `cache` returned → (B, Hq, L, Dh), by the route that fits its form."""
+        sinks: mx.array | None = self.get("sinks")
+        if isinstance(keys, mx.array) and isinstance(values, mx.array):
+            return sdpa(q, keys, values, scale=self.scale, mask=mask, sinks=sinks)
+        assert isinstance(cache, Quantized) and isinstance(keys, tuple) and isinstance(values, tuple)
+        return quantized_sdpa(
+            q,
+            keys,
+            values,
+            scale=self.scale,
+            mask=mask,
+            sinks=sinks,
+            group_size=cache.group_size,
+            bits=cache.bits,
+        )
+
+    def rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
+        """(B, H, L, Dh) at positions offset…, one offset for all rows or (B,): half-split pairs (j, j + Dh/2), angle
+        position · theta^(−2j/Dh)."""
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)

@@ -23,7 +23,7 @@ IMPLEMENTATIONS = {
     "top_k": "engine.ops:top_k",
     "sdpa": "engine.sdpa:sdpa",
     "quantized_sdpa": "engine.sdpa:quantized_sdpa",
-    "attention_mask": "engine.sdpa:attention_mask",
+    "attention_mask": "engine.masks:attention_mask",
     "penalties": "engine.penalties:penalties",
     "sampler": "engine.sampling:sampler",
     "kv_cache": "engine.caches:KVCache",

@@ -15,10 +15,11 @@ import mlx.core as mx
 import numpy as np
 
 from engine.arithmetic import arithmetic
-from engine.cache import Cache, make_cache
+from engine.caches import Cache, row_cache
+from engine.caches.codecs import Affine
 from engine.checkpoint import Blocks, load_checkpoint
 from engine.config import DTYPES, Config, read_config
-from engine.device import Device, select
+from engine.device import Device, devices, select
 from engine.errors import DeviceError
 from engine.layers import has_packed_experts, widen
 from engine.metal.table import RHS
@@ -28,64 +29,92 @@ from engine.probes import Array, Step, Tap, to_numpy
 
 # Tokens of a prefill chunk when the caller names no size.
 CHUNK = 512
-# Whose kernels compute the routed experts: MLX's, or this engine's Metal kernels on the host executor.
-KERNELS = ("mlx", "host")
+# Whose kernels compute the routed experts: MLX's, or this engine's own on the host executor or an Apple GPU.
+KERNELS = ("mlx", "host", "metal")
 # What was launched: kernel names, each once and in the order of first use, by the probe that they compute.
 Launched = dict[str, list[str]]
 
 
-def load(folder: str | Path, *, dtype: str | None = None, device: str = "auto", kernels: str = "mlx") -> Engine:
+def load(
+    folder: str | Path,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    kernels: str = "mlx",
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+) -> Engine:
     """The checkpoint in `folder` as an Engine that computes in `dtype` (None: the config's torch_dtype) on `device`.
 
-    kernels: "mlx", or "host" for routed experts by the engine's own Metal kernels on the host executor: on the CPU, in
-    float32 or float16, of a checkpoint whose experts are blocks in a GGUF file. Raises CheckpointError for a folder
-    that isn't exactly what its config.json says, DeviceError for an absent device, ValueError for what has no kernels.
+    kernels: "mlx", or for routed experts by the engine's own Metal kernels "host" (the host executor, on the CPU) or
+    "metal" (an Apple GPU, untested on hardware): in float32 or float16, of a checkpoint whose experts are blocks in a
+    GGUF file. kv_bits: None, or with how many bits
+    the keys and values of full-attention layers are kept, in groups of kv_group_size, which must divide head_dim.
+    Raises CheckpointError for a folder that isn't exactly what its config.json says, DeviceError for an absent device,
+    ValueError for what has no kernels.
     """
     if kernels not in KERNELS:
         raise ValueError(f"kernels is {kernels!r}; one of {', '.join(KERNELS)} is expected")
-    host = kernels == "host"
-    if host and device not in ("auto", "cpu"):
-        raise DeviceError(
-            f"device {device!r}: the host's kernels run on the CPU; ask for device cpu, or for kernels mlx"
-        )
-    chosen = select("cpu" if host else device)
+    own = kernels != "mlx"
+    chosen = select(_device_for(kernels, device))
     folder = Path(folder)
     config = read_config(folder)
     dtype = config.torch_dtype if dtype is None else dtype
     if dtype not in DTYPES:
         raise ValueError(f"dtype is {dtype!r}; one of {', '.join(DTYPES)} is expected")
-    if host and dtype not in RHS:
-        raise ValueError(f"dtype is {dtype!r}; the host's kernels multiply {' and '.join(RHS)}, kernels mlx any")
+    if own and dtype not in RHS:
+        raise ValueError(f"dtype is {dtype!r}; our kernels multiply {' and '.join(RHS)}, kernels mlx any")
+    kv = None if kv_bits is None else Affine(group_size=kv_group_size, bits=kv_bits)
+    if kv is not None and config.head_dim % kv.group_size:
+        raise ValueError(f"kv_group_size is {kv.group_size}; it must divide the model's head_dim, {config.head_dim}")
     launched: Launched = {}
     with mx.stream(chosen.handle):
-        checkpoint = load_checkpoint(folder, config, getattr(mx, dtype), keep_blocks=host)
+        checkpoint = load_checkpoint(folder, config, getattr(mx, dtype), keep_blocks=own)
         model = Decoder(config, checkpoint.experts)
-        if host:
-            _install(model, config, checkpoint.blocks, launched)
+        if own:
+            _install(model, config, checkpoint.blocks, kernels, launched)
         model.load_weights(list(checkpoint.tensors.items()))
         if chosen.name == "cpu":
             widen(model)
         mx.eval(parameters(model))
-    return Engine(model, config, dtype=dtype, device=chosen, blocks=checkpoint.blocks, launched=launched)
+    return Engine(model, config, dtype=dtype, device=chosen, blocks=checkpoint.blocks, launched=launched, kv=kv)
 
 
-def _install(model: Decoder, config: Config, blocks: Mapping[str, Blocks], launched: Launched) -> None:
+def _device_for(kernels: str, device: str) -> str:
+    """The device to select for `kernels`, given the one asked for; DeviceError where the two can't be had together."""
+    if kernels == "mlx":
+        return device
+    place, needed = {"host": ("the CPU", "cpu"), "metal": ("an Apple GPU", "metal")}[kernels]
+    if device not in ("auto", needed):
+        raise DeviceError(
+            f"device {device!r}: kernels {kernels} run on {place}; ask for device {needed}, or for kernels mlx"
+        )
+    found = devices()[needed]
+    if not found.available:
+        raise DeviceError(
+            f"--kernels metal needs an Apple GPU; {found.detail}: --kernels host runs the same kernels on the CPU"
+        )
+    return needed
+
+
+def _install(model: Decoder, config: Config, blocks: Mapping[str, Blocks], kernels: str, launched: Launched) -> None:
     # Imported here: it needs the pinned C++ compiler, and who asks for MLX's kernels doesn't.
-    from engine.host_moe import install
+    from engine.kernel_moe import PLACES, install
 
     def note(probe: str, kernel: str) -> None:
         names = launched.setdefault(probe, [])
         if kernel not in names:
             names.append(kernel)
 
-    install(model, config, blocks, note)
+    install(model, config, blocks, PLACES[kernels], note)
 
 
 class Engine:
     """A loaded model on one device; `run` and `generate` leave nothing behind but the names in `kernels`.
 
     `blocks` are the expert stacks that are kept as blocks, by tensor name, and `launched` is where their kernels are
-    noted: both empty unless the routed experts are the host executor's.
+    noted: both empty unless the routed experts are this engine's own. `kv` is how full-attention layers keep their
+    keys and values, if not as they are.
     """
 
     def __init__(
@@ -97,12 +126,14 @@ class Engine:
         device: Device,
         blocks: Mapping[str, Blocks] | None = None,
         launched: Launched | None = None,
+        kv: Affine | None = None,
     ) -> None:
         self.model = model
         self.config = config
         self.dtype = dtype
         self.device = device
         self.blocks = blocks or {}
+        self.kv = kv
         self._launched = {} if launched is None else launched
 
     @property
@@ -113,8 +144,9 @@ class Engine:
     @property
     def provenance(self) -> dict[str, Any]:
         """Which engine, version, device and dtype, the arithmetic that each op is done in on that device, and the
-        `kernels` of the last run."""
-        return {
+        `kernels` of the last run; `kv_cache` if keys and values are quantised."""
+        kv = {} if self.kv is None else {"kv_cache": {"group_size": self.kv.group_size, "bits": self.kv.bits}}
+        return kv | {
             "engine": "mlx",
             "version": version("mlx"),
             "device": self.device.name,
@@ -137,10 +169,10 @@ class Engine:
         arrays. Raises ValueError for an empty sequence, an id outside the vocabulary, or a chunk or decode count out of
         range.
         """
-        ids = self._checked(tokens)
+        ids = self.checked(tokens)
         if not 0 <= decode <= len(ids):
             raise ValueError(f"decode is {decode}; 0 to {len(ids)} (the number of tokens) is expected")
-        caches = self._caches()
+        caches = self.caches()
         self._launched.clear()
         prefill = len(ids) - decode
         for step in _chunks(ids[:prefill], chunk):
@@ -162,10 +194,10 @@ class Engine:
         Taps every token that is fed: the prompt, and each generated token but the last. Raises ValueError as `run`
         does.
         """
-        ids = self._checked(tokens)
+        ids = self.checked(tokens)
         if max_tokens < 1:
             raise ValueError(f"max_tokens is {max_tokens}; at least 1 is expected")
-        caches = self._caches()
+        caches = self.caches()
         self._launched.clear()
         token = -1
         for step in _chunks(ids, chunk):
@@ -204,10 +236,16 @@ class Engine:
                 step.flush(tap)
             return int(np.array(token)[0, -1])
 
-    def _caches(self) -> list[Cache]:
-        return make_cache(self.config.layer_types, self.config.sliding_window)
+    def caches(self) -> list[Cache]:
+        """Empty caches for one sequence, one a layer."""
+        config = self.config
+        kv = {} if self.kv is None else {"kv_bits": self.kv.bits, "kv_group_size": self.kv.group_size}
+        return [
+            row_cache(kind, config.sliding_window, sinks=config.attention_sinks, **kv) for kind in config.layer_types
+        ]
 
-    def _checked(self, tokens: Sequence[int]) -> list[int]:
+    def checked(self, tokens: Sequence[int]) -> list[int]:
+        """`tokens` as a list of ids; ValueError for none at all, or one outside the vocabulary."""
         ids = [int(token) for token in tokens]
         if not ids:
             raise ValueError("tokens is empty; at least one token id is expected")

@@ -6,12 +6,12 @@ B batch, L tokens, D hidden_size, V vocab_size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import mlx.core as mx
 
 from engine.attention import Attention
-from engine.cache import Cache
+from engine.caches import Cache
 from engine.config import Config, Quantization
 from engine.layers import linear
 from engine.module import Module
@@ -83,7 +83,7 @@ class DecoderStack(Module):
         self.layers = [DecoderLayer(config, experts[i]) for i in range(config.num_hidden_layers)]
         self.norm = RMSNorm(config)
 
-    def __call__(self, tokens: mx.array, cache: list[Cache], probe: Probe | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache], probe: Probe | None = None) -> mx.array:
         h = self.embed_tokens(tokens)
         if probe is not None:
             probe("embedding", h)
@@ -104,7 +104,7 @@ class Decoder(Module):
         if not config.tie_word_embeddings:
             self.lm_head = linear(config.hidden_size, config.vocab_size, config.quantization)
 
-    def __call__(self, tokens: mx.array, cache: list[Cache], probe: Probe | None = None) -> mx.array:
+    def __call__(self, tokens: mx.array, cache: Sequence[Cache], probe: Probe | None = None) -> mx.array:
         h = self.model(tokens, cache, probe)
         logits = self.lm_head(h) if "lm_head" in self else self.model.embed_tokens.as_linear(h)
         if probe is not None:

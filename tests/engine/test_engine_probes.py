@@ -47,9 +47,9 @@ def test_names_and_their_order(model: Engine) -> None:
 
 def test_the_graph_is_the_same_with_and_without_probes(model: Engine) -> None:
     tokens = mx.array([[1, 2, 3, 4]])
-    off = operations(model.model(tokens, model._caches()))
+    off = operations(model.model(tokens, model.caches()))
     step = Step()
-    on = operations(model.model(tokens, model._caches(), step.note))
+    on = operations(model.model(tokens, model.caches(), step.note))
     assert off.total() > 200
     assert on == off
     assert len(step.arrays) == len(NAMES) - 1
@@ -58,7 +58,7 @@ def test_the_graph_is_the_same_with_and_without_probes(model: Engine) -> None:
 def test_probes_add_views_alone(model: Engine) -> None:
     tokens = mx.array([[1, 2, 3, 4]])
     step = Step()
-    logits = model.model(tokens, model._caches(), step.note)
+    logits = model.model(tokens, model.caches(), step.note)
     added = operations(logits, *step.arrays) - operations(logits)
     # All other nodes must be ones that the logits depend on, or a probe would show what nothing uses.
     assert set(added) <= {"Squeeze", "Transpose", "Unflatten", "Reshape"}
@@ -98,10 +98,13 @@ def test_a_tap_does_not_change_the_answer(model: Engine) -> None:
 
 def test_no_step_leaves_work_to_the_next(model: Engine) -> None:
     """Caches are evaluated with the step that wrote them, or what they hang on would grow from step to step."""
-    caches = model._caches()
+    caches = model.caches()
     for step in ([1, 2, 3, 4, 5, 6, 7], [8], [9, 10], [11], [12], [13, 14, 15]):
         model._step(step, caches, None)
-        assert operations(*[x for cache in caches for x in cache.state]).total() == 0
+        arrays = [x for cache in caches for x in cache.state]
+        left = operations(*arrays)
+        # A state is a view of the buffers: one slice an array, and nothing behind it.
+        assert left.total() == left["Slice"] <= len(arrays)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,123 @@
+"""The mixture-of-experts block with its routed part in the engine's own Metal kernels, on the host or an Apple GPU.
+
+What it computes is engine/moe.py's; what computes it is kernel_router, the routed matmuls over the GGUF file's blocks
+(expert-major for several tokens, by vector for one) and kernel_swiglu. The router's logits, the shared experts and the
+weighted sum stay MLX's. On the host, arrays leave MLX and come back at this block's edge; on an Apple GPU they stay.
+L tokens, D hidden_size, F width of an expert, K experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from engine.checkpoint import PROJECTIONS, Blocks
+from engine.config import Config
+from engine.metal.kernels import apple, host, ops
+from engine.model import Decoder
+from engine.module import Module
+from engine.moe import Experts, MoE
+from engine.probes import Probe, to_numpy
+
+# Called with the probe that a launch is for and the kernel's name, by what launches it.
+Note = Callable[[str, str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where kernels run: how they are launched, how MLX's arrays come in and go out, and what holds the weights."""
+
+    launch: Callable[..., list[Any]]
+    enter: Callable[[mx.array], Any]
+    leave: Callable[[Any], mx.array]
+    hold: Callable[[np.ndarray[Any, Any]], Any]
+
+
+def _same(x: Any) -> Any:
+    return x
+
+
+# By the names that `engine.load` takes.
+PLACES: Mapping[str, Place] = {
+    "host": Place(launch=host.run, enter=to_numpy, leave=mx.array, hold=_same),
+    "metal": Place(launch=apple.run, enter=_same, leave=_same, hold=mx.array),
+}
+
+
+def install(model: Decoder, config: Config, blocks: Mapping[str, Blocks], place: Place, note: Note) -> None:
+    """Put our kernels in the place of every layer's routed experts, whose stacks `blocks` holds by name."""
+    for i, layer in enumerate(model.model.layers):
+        stacks = {p: blocks[f"model.layers.{i}.mlp.experts.{p}_proj.weight"] for p in PROJECTIONS}
+        layer.mlp = KernelMoE(config, stacks, place, _scoped(note, f"layers.{i}.moe"))
+
+
+def _scoped(note: Note, prefix: str) -> Note:
+    return lambda probe, kernel: note(f"{prefix}.{probe}", kernel)
+
+
+class KernelMoE(MoE):
+    """MoE whose choice of experts and whose experts are kernels; `note` is told of every launch."""
+
+    def __init__(self, config: Config, stacks: Mapping[str, Blocks], place: Place, note: Note) -> None:
+        super().__init__(config, (None, None, None))
+        self._place = place
+        self._run = partial(place.launch, note=partial(note, "experts"))
+        self.experts = KernelExperts(config, stacks, place, note)
+
+    def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
+        """(1, L, E) float32 logits → (1, L, K) int32 ids and float32 weights, best first."""
+        config, place, bias = self._config, self._place, self.gate.get("e_score_correction_bias")
+        ids, weights = ops.route(
+            place.enter(logits)[0],
+            None if bias is None else place.enter(bias),
+            config.num_experts_per_tok,
+            config.scoring_func,
+            run=self._run,
+            normalise=config.norm_topk_prob,
+            factor=config.routed_scaling_factor,
+        )
+        return place.leave(ids)[None], place.leave(weights)[None]
+
+
+class KernelExperts(Experts):
+    """(1, L, D) and (1, L, K) ids → (1, L, K, D), every step rounded to the dtype of x as it leaves a kernel."""
+
+    def __init__(self, config: Config, stacks: Mapping[str, Blocks], place: Place, note: Note) -> None:
+        Module.__init__(self)  # Experts would make parameters of its own
+        self.limit = config.swiglu_limit
+        self._place, self._note = place, note
+        # The underscore keeps what is in MLX's arrays out of the parameters.
+        self._stacks = {name: (stack.kind, place.hold(stack.data)) for name, stack in stacks.items()}
+
+    def __call__(self, x: mx.array, ids: mx.array, probe: Probe | None = None) -> mx.array:
+        rows, chosen = self._place.enter(x)[0], self._place.enter(ids)[0]
+        gate = self._project("gate", rows, chosen)
+        up = self._project("up", rows, chosen)
+        act = ops.swiglu(gate, up, self.limit, run=self._run("act"))
+        down = self._project("down", act, chosen)
+        values = {"gate": gate, "up": up, "act": act, "down": down}
+        out = {name: self._place.leave(value)[None] for name, value in values.items()}
+        if probe is not None:
+            for name, value in out.items():
+                probe(name, value)
+        return out["down"]
+
+    def _run(self, name: str) -> ops.Run:
+        return partial(self._place.launch, note=partial(self._note, name))
+
+    def _project(self, name: str, x: Any, ids: Any) -> Any:
+        """x (L, in) or (L, K, in) by the stack's experts `ids` → (L, K, out).
+
+        The vector kernel keeps weights in float32. A float16 run's weights are their values rounded to float16, which
+        the expert-major kernel multiplies, so there it serves single tokens too: by vector, outputs were off by up to
+        3.6 times what rounding them allows.
+        """
+        kind, data = self._stacks[name]
+        product = ops.mul_mv_id if len(ids) == 1 and ops.dtype_name(x) == "float32" else ops.mul_mm_id
+        with np.errstate(over="ignore"):  # an infinity is a result too, and the audit names it
+            return product(x, data, ids, kind, run=self._run(name)).astype(x.dtype)
