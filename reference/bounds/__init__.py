@@ -8,12 +8,13 @@ Numerical Algorithms, 2nd ed., ch. 2-4; Higham & Mary, A New Approach to Probabi
 J. Sci. Comput. 41 (2019).
 """
 
-from reference.bounds.attention import attention, softmax
+from reference.bounds.attention import attention
 from reference.bounds.core import Bounded
 from reference.bounds.pointwise import rms_norm, rope, swiglu
 from reference.bounds.products import add, linear, matmul, weighted_sum
 from reference.bounds.router import router_scores, router_weights
 from reference.bounds.sampling import penalties
+from reference.bounds.softmax import softmax
 
 __all__ = [
     "Bounded",

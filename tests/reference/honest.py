@@ -209,6 +209,7 @@ def flash(
     block: int = 8,
     splits: int = 1,
     operand: str | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Online softmax over blocks of keys, in base 2, `splits` ranges merged at the end; sink first. Fully masked:
     zeros.
@@ -223,6 +224,8 @@ def flash(
     scaled = narrow(flush(q.to(acc) * (torch.tensor(scale, dtype=acc) * torch.tensor(LOG2E, dtype=acc)), style))
     keys, values = (narrow(ops.repeat_heads(x, q.shape[0]).to(acc)) for x in (k, v))
     scores = dot(scaled[:, :, None], keys[:, None], style)
+    if bias is not None:
+        scores = scores + bias.to(acc) * torch.tensor(LOG2E, dtype=acc)
     scores = scores.masked_fill(~mask, -torch.inf)
     base2 = Style(order=style.order, sloppy=style.sloppy, flush=style.flush, accumulate=acc)
     parts = []
@@ -273,6 +276,7 @@ def unfused(
     late: bool = False,
     online: bool = False,
     probabilities: str | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """Scores, softmax, product as separate steps; stored keeps each result in `dtype`; late divides after the product;
     online gathers the denominator in a sweep of its own.
@@ -290,6 +294,9 @@ def unfused(
         scores = keep(dot(scaled[:, :, None], keys[:, None], style))
     else:
         scores = keep(attention_scores(q, k, scale, style, where))
+    if bias is not None:
+        added = keep(bias.to(acc)) * torch.tensor(LOG2E if where == "log2" else 1.0, dtype=acc)
+        scores = keep(scores + added)
     scores = scores.masked_fill(~mask, -torch.inf)
     if sinks is not None:
         sink = keep(sinks.to(acc)) * torch.tensor(LOG2E if where == "log2" else 1.0, dtype=acc)

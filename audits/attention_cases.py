@@ -1,0 +1,264 @@
+"""What the two attention contracts share: operands of a case, and the judgement of an output.
+
+B batch, Hq = r·Hkv query heads, Hkv key heads, L queries, S keys, D and Dv head sizes.
+
+A query that sees no key has no softmax. Two conventions are in use and both are accepted: zeros, and the mean of all
+values, which is what filling with a finite number gives. With sinks only zeros are right. A row hidden by an additive
+mask of −inf is left out unless there are sinks: published code gives NaN there. Where all keys are hidden by finite
+numbers as low as the dtype has, their differences may be lost, and zeros are accepted too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from audits import attention_masks as masks
+from audits.contract import Finding
+from audits.domain import Case, Choice, Field, Range
+from audits.frameworks import DTYPES
+from audits.rows import judge_rows
+from reference import bounds
+from reference.arithmetic import Arithmetic
+from reference.bounds import Bounded
+from reference.threads import threads_for
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+# normal: N(0,1). flat: scores near zero. peaked: ×8. x30: queries and values. far: all scores below what a running
+# maximum may start from. constant: one value for all keys, so that weights must sum to one. ties: three distinct keys.
+# rising: every key scores above those before it. sparse: two dims of a query say everything. needle: one visible key
+# of each query outweighs all others, half the time the last one. positive: values of one sign, flat scores, so that a
+# sum in low precision shows. poisoned: huge keys and values where no query looks.
+VALUES = (
+    "normal",
+    "flat",
+    "peaked",
+    "x30",
+    "far",
+    "constant",
+    "ties",
+    "rising",
+    "sparse",
+    "needle",
+    "positive",
+    "poisoned",
+)
+SINKS = ("none", "normal", "large", "negative")
+# The factor of the scores, or "rsqrt" for the usual D^−½.
+SCALES = ("rsqrt", 1.0, 0.3, 0.0625)
+FIELDS: dict[str, Field] = {
+    "B": Range(1, 3),
+    "Hkv": Range(1, 3),
+    "r": Choice((1, 2, 4)),
+    "L": Range(1, 12),
+    "S": Range(1, 70),
+    "D": Choice((32, 64, 80, 96, 128, 256)),
+    "Dv": Choice(("D", 32, 64, 128)),
+    "scale": Choice(SCALES),
+    "mask": Choice(masks.FORMS),
+    "pattern": Choice(masks.PATTERNS),
+    "plane": Choice(masks.PLANES),
+    "fill": Choice(masks.FILLS),
+    "W": Choice((1, 2, 5, 17)),
+    "sinks": Choice(SINKS),
+    "values": Choice(VALUES),
+}
+
+
+def valid(case: Case) -> bool:
+    """Whether the fields of a case mean something together."""
+    diagonal = case["mask"] != "none" and case["pattern"] in ("causal", "window", "padding")
+    if (diagonal or case["mask"] == "causal") and case["L"] > case["S"]:
+        return False  # queries before the first key: conventions differ, and nobody asks for them
+    unseen = case["mask"] == "additive" and case["pattern"] == "empty" and case["fill"] in ("-inf", "mixed")
+    if case["mask"] == "additive" and case["pattern"] == "empty" and case["L"] < 3:
+        return False  # all queries may see nothing: then nothing can be judged
+    # A half intermediate has to hold the score before it is scaled.
+    far = case["values"] == "far" and (case["scale"] != 1.0 or case["fill"] in ("lowest", "large", "bias", "mixed"))
+    return not far and not (unseen and case["sinks"] == "none")
+
+
+def value_size(case: Case) -> int:
+    """Dv."""
+    return int(case["D"] if case["Dv"] == "D" else case["Dv"])
+
+
+def scale_of(case: Case) -> float:
+    """The factor of the scores."""
+    return float(case["D"] ** -0.5 if case["scale"] == "rsqrt" else case["scale"])
+
+
+def random(case: Case) -> np.random.Generator:
+    """The case's own random numbers."""
+    return np.random.default_rng([case["seed"], *(case[n] for n in ("B", "Hkv", "r", "L", "S", "D"))])
+
+
+def operands(case: Case, rng: np.random.Generator, mask: Array | str | None) -> tuple[Array, Array, Array]:
+    """q [B, Hq, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] in float64, of the case's kind of values."""
+    B, Hkv, L, S, D = (case[n] for n in ("B", "Hkv", "L", "S", "D"))
+    Hq, kind, scale = Hkv * case["r"], case["values"], scale_of(case)
+    q = rng.standard_normal((B, Hq, L, D))
+    k = rng.standard_normal((B, Hkv, S, D))
+    v = rng.standard_normal((B, Hkv, S, value_size(case)))
+    if kind == "flat":
+        q *= 1e-3
+    elif kind == "peaked":
+        q *= 8
+    elif kind == "x30":
+        q, v = q * 30, v * 30
+    elif kind == "far":
+        size = 200.0 if case["dtype"] == "float16" else 316.0  # scores of −4e4 or −1e5
+        q[..., 0], k[..., 0] = -size, size
+        # Weights of bfloat16 scores say little, but their sum is one, and what is hidden has none.
+        v = np.where(_unseen(case, mask), -60, 0.25 * np.abs(v) + 1)
+    elif kind == "constant":
+        v[:] = v[:, :, :1]
+    elif kind == "ties":
+        k = k[:, :, np.arange(S) % 3 % S]
+    elif kind == "rising":
+        q[..., 1:], q[..., 0], k[..., 0] = 0, 1, np.linspace(-4, 4, S) / scale
+    elif kind == "sparse":
+        keep = rng.random(q.shape).argsort(-1) < 2
+        q = np.where(keep, q, 0) * 4 / scale
+    elif kind == "needle":
+        q = _needles(case, rng, k, mask) * (14 / (scale * D))
+    elif kind == "positive":
+        q, v = 0.1 * q, np.abs(v) + 0.1
+    elif kind == "poisoned":
+        unseen = _unseen(case, mask)
+        k, v = np.where(unseen, 50 * k, k), np.where(unseen, 1000 * v, v)
+    return q, k, v
+
+
+def _unseen(case: Case, mask: Array | str | None) -> Array:
+    """Tokens [B, Hkv, S, 1] that no query of their key head sees."""
+    B, Hkv, rows, S = case["B"], case["Hkv"], case["r"] * case["L"], case["S"]
+    seen = masks.visible(mask, (B, Hkv * case["r"], case["L"], S))
+    return np.asarray(~seen.reshape(B, Hkv, rows, S).any(2))[..., None]
+
+
+def _needles(case: Case, rng: np.random.Generator, k: Array, mask: Array | str | None) -> Array:
+    """For each query a key that it sees, the last one half the time, [B, Hq, L, D]."""
+    B, Hkv, r, L, S = (case[n] for n in ("B", "Hkv", "r", "L", "S"))
+    seen = masks.visible(mask, (B, Hkv * r, L, S))
+    chance = np.where(seen, 1 + rng.random(seen.shape), 0)
+    last = S - 1 - seen[..., ::-1].argmax(-1)
+    target = np.where(rng.random(last.shape) < 0.5, last, chance.argmax(-1))
+    keys = np.repeat(k, r, axis=1)
+    return np.take_along_axis(keys, target[..., None], axis=2)
+
+
+def sinks_of(case: Case, rng: np.random.Generator) -> Array | None:
+    """Sinks [Hq], another for every head, in the case's dtype; None without."""
+    kind, heads = case["sinks"], case["Hkv"] * case["r"]
+    if kind == "none":
+        return None
+    noise = rng.standard_normal(heads)
+    values = {"normal": 2 * noise, "large": 9 + 2 * np.abs(noise), "negative": -4 - np.abs(noise)}[kind]
+    return np.asarray(values.astype(DTYPES[case["dtype"]]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The arguments of one attention in NumPy: k and v [B, Hkv, S, …] float64 where they were quantised.
+
+    sizes: |scale·code| + |bias| of quantised k and v.
+    """
+
+    q: Array
+    k: Array
+    v: Array
+    scale: float
+    mask: Array | str | None
+    sinks: Array | None
+    sizes: tuple[Array, Array] | tuple[None, None] = (None, None)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """[B, Hq, L, S]."""
+        B, Hq, L, _ = self.q.shape
+        return B, Hq, L, self.k.shape[2]
+
+    def bounded(self, arithmetic: Arithmetic) -> Bounded:
+        """The exact output [B, Hq, L, Dv] and its bound; queries that see no key have zeros."""
+        seen, bias = (None if m is None else _folded(m) for m in masks.read(self.mask, self.shape))
+        sinks = None if self.sinks is None else torch.from_numpy(np.tile(self.sinks.astype(np.float64), len(self.q)))
+        return self._attention(arithmetic, seen, sinks, bias)
+
+    def mean(self, arithmetic: Arithmetic) -> Bounded:
+        """The mean of all values, as attention with equal scores computes it."""
+        return replace(self, q=0 * self.q)._attention(arithmetic, None, None, None)
+
+    def between(self, mean: Bounded) -> Bounded:
+        """Anything between the least and the greatest value: a mean of unknown weights, rounded like `mean`."""
+        values = torch.from_numpy(np.repeat(self.v.astype(np.float64), self.q.shape[1] // self.v.shape[1], axis=1))
+        low, high = values.amin(2, keepdim=True), values.amax(2, keepdim=True)
+        allowed = (high - low) / 2 + mean.bound
+        return Bounded(expected=((high + low) / 2).expand_as(allowed), bound=allowed, likely=allowed)
+
+    def _attention(
+        self, arithmetic: Arithmetic, seen: Tensor | None, sinks: Tensor | None, bias: Tensor | None
+    ) -> Bounded:
+        q, k, v = (_folded(x) for x in (self.q, self.k, self.v))
+        abs_k, abs_v = (None if x is None else _folded(x) for x in self.sizes)
+        with threads_for(self.shape[2] * self.shape[3]):
+            found = bounds.attention(
+                q, k, v, self.scale, seen, sinks, arithmetic, bias=bias, abs_k=abs_k, abs_v=abs_v, likely=False
+            )
+        return _mapped(lambda x: x.reshape(*self.shape[:3], -1), found)
+
+
+def judge(output: Array, inputs: Inputs, arithmetic: Arithmetic) -> Finding | None:
+    """What is wrong with an output [B, Hq, L, Dv], or None."""
+    exact = inputs.bounded(arithmetic)
+    if output.shape != tuple(exact.expected.shape):
+        return judge_rows(output, exact)
+    hidden, lost = masks.blind(inputs.mask, inputs.shape)
+    if inputs.sinks is None and (hidden.any() or lost.any()):
+        zero = (output == 0).all(-1)
+        exact = _mapped(lambda x: torch.where(_rows(zero & (hidden | lost)), 0.0, x), exact)
+        filled, lost = hidden & ~zero, lost & ~zero
+        if filled.any() or lost.any():
+            mean = inputs.mean(arithmetic)
+            found = _blind_finding(output, mean, filled, zero & hidden) if filled.any() else None
+            if found is not None:
+                return found
+            exact = _mapped(lambda x, y: torch.where(_rows(filled), y, x), exact, mean)
+            exact = _mapped(lambda x, y: torch.where(_rows(lost), y, x), exact, inputs.between(mean))
+    return judge_rows(output, exact)
+
+
+def _blind_finding(output: Array, mean: Bounded, rest: Array, zero: Array) -> Finding | None:
+    """What is wrong with rows [B, Hq, L] that see no key and aren't zero, given the mean of all values."""
+    inside = np.abs(output.astype(np.float64) - mean.expected.numpy()) <= mean.bound.numpy()
+    wrong = rest & ~inside.all(-1)
+    if not wrong.any() and not zero.any():
+        return None
+    b, h, query = (int(i) for i in np.argwhere(wrong if wrong.any() else rest)[0])
+    first = ", ".join(f"{float(x):.5g}" for x in output[b, h, query, :3])
+    what = "neither zeros nor the mean of all values" if wrong.any() else "a mean, and others zeros"
+    return Finding(
+        check="fully masked rows", message=f"query [{b},{h},{query}] sees no key and gives {first}, …: {what}"
+    )
+
+
+def _rows(where: Array) -> Tensor:
+    """[B, H, L] -> bool [B, H, L, 1]."""
+    return torch.from_numpy(where)[..., None]
+
+
+def _folded(x: Array) -> Tensor:
+    """[B, H, ...] -> [B·H, ...] float64, or bool: heads of one batch row share keys with nobody in another."""
+    x = x.reshape(-1, *x.shape[2:])
+    return torch.from_numpy(x.astype(bool if x.dtype == np.bool_ else np.float64))  # a copy, which torch may own
+
+
+def _mapped(change: Callable[..., Tensor], *results: Bounded) -> Bounded:
+    """Every tensor of a Bounded, or of several side by side, changed alike."""
+    return Bounded(**{name: change(*(getattr(r, name) for r in results)) for name in ("expected", "bound", "likely")})
