@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from json import dumps, loads
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 # Not a terminal (a CI log): wide enough for every column of the table.
 LOG_WIDTH = 140
 LOG_SECONDS = 2.0  # a line of progress at most so often
+PART = re.compile(r"(\d+)/(\d+) ")
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
 
 
@@ -132,8 +134,13 @@ def show_audit(
     wanted = {kind: path for kind, path in files.items() if path is not None}
     for kind, path in wanted.items():
         _check_writable(kind, path)
-    screen = errors if str(wanted.get("json")) == "-" else console
-    with progress("audit", None) as advance:
+    _check_folder(failures)
+    on_output = [f"--{kind}" for kind, path in wanted.items() if str(path) == "-"]
+    if len(on_output) > 1:
+        raise ValueError(f"{' and '.join(on_output)} can't share standard output")
+    screen = errors if on_output else console
+    # What a candidate prints is no part of a report.
+    with progress("audit", None) as advance, redirect_stdout(sys.stderr):
         report = work(advance)
     screen.print(audit_table(report.verdicts))
     for verdict in report.verdicts:
@@ -184,8 +191,19 @@ def write_failure(folder: Path, verdict: Verdict) -> Path:
 
 
 def _check_writable(kind: str, path: Path) -> None:
-    if str(path) != "-" and not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+    if str(path) == "-":
+        return
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
         raise ValueError(f"--{kind} {path}: {path.parent} is no folder that can be written to")
+    if path.is_dir() or (path.exists() and not os.access(path, os.W_OK)):
+        raise ValueError(f"--{kind} {path}: it can't be written to")
+
+
+def _check_folder(failures: Path) -> None:
+    """ValueError unless the folder for failures is there, or can be made, and can be written to."""
+    there = next((path for path in (failures, *failures.absolute().parents) if path.exists()), failures)
+    if not (there.is_dir() and os.access(there, os.W_OK)):
+        raise ValueError(f"--failures {failures}: {there} is no folder that can be written to")
 
 
 def show_mutants(work: Callable[[Callable[[str], None]], Iterable[Noticed]]) -> NoReturn:
@@ -231,7 +249,10 @@ def _show(screen: Console, title: str, judged: Sequence[Judged], *, every: bool)
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal, a line a step in a log, on standard error; the yielded function names a step."""
+    """A progress bar on a terminal, a line a step in a log, on standard error; the yielded function names a step.
+
+    A step whose name starts with "3/22 " is one of many in the third of 22 parts, which the bar then counts.
+    """
     if not errors.is_terminal:
         shown = 0.0
 
@@ -248,6 +269,11 @@ def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
         task = bar.add_task(title, total=total, completed=-1 if total else 0)
 
         def advance(name: str) -> None:
-            bar.update(task, advance=1, description=f"{title}: {name}")
+            part = PART.match(name)
+            if part:
+                place, of = int(part[1]) - 1, int(part[2])
+                bar.update(task, completed=place, total=of, description=f"{title}: {name[part.end() :]}")
+            else:
+                bar.update(task, advance=1, description=f"{title}: {name}")
 
         yield advance

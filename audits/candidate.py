@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +57,7 @@ class Candidate:
             return ()  # a builtin tells nothing: it is given everything
         if any(p.kind is p.VAR_KEYWORD for p in taken):
             return ()
-        names = {p.name for p in taken if p.kind is not p.VAR_POSITIONAL}
+        names = {p.name for p in taken if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
         places = sum(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in taken)
         by_place = [a for a in arguments if a.positional]
         if places < len(by_place) and not any(p.kind is p.VAR_POSITIONAL for p in taken):
@@ -107,11 +108,16 @@ def guarded(work: Callable[[], Any]) -> Any:
     try:
         with np.errstate(all="ignore"):
             return work()
-    except (KeyboardInterrupt, SystemExit, GeneratorExit):
+    except KeyboardInterrupt:
         raise
-    except BaseException as error:
-        text = " ".join(str(error).split())
-        raise CandidateError(f"raised {type(error).__name__}: {text[:300]}") from error
+    except BaseException as error:  # SystemExit too: a candidate's sys.exit(0) would end the audit as if it had passed
+        raise CandidateError(f"raised {type(error).__name__}: {one_line(error)[:300]}") from error
+
+
+def one_line(error: BaseException) -> str:
+    """An error's message in one line that a terminal, XML and UTF-8 can show."""
+    text = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _outputs(result: Any) -> tuple[Array, ...]:
@@ -144,7 +150,8 @@ def load(place: str) -> Callable[..., Any]:
 
 
 def _import(path: Path) -> Any:
-    key = f"_assay_candidate_{path.stem}_{abs(hash(path.resolve()))}"
+    # By its text: a candidate that has been mended since is another module.
+    key = f"_assay_candidate_{path.stem}_{sha256(bytes(path.resolve()) + path.read_bytes()).hexdigest()[:16]}"
     if key in sys.modules:
         return sys.modules[key]
     spec = importlib.util.spec_from_file_location(key, path)
@@ -156,9 +163,9 @@ def _import(path: Path) -> Any:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[key]
-        if isinstance(error, KeyboardInterrupt | SystemExit):
+        if isinstance(error, KeyboardInterrupt):
             raise
-        raise ValueError(f"{path} can't be imported: {type(error).__name__}: {error}") from error
+        raise ValueError(f"{path} can't be imported: {type(error).__name__}: {one_line(error)}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))
     return module

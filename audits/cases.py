@@ -25,7 +25,7 @@ DECODED = 4  # tokens that are fed one by one at the end, unless told otherwise
 RANDOM_LENGTH = 48  # tokens drawn for a model that comes without a vocabulary: one and a half sliding windows
 # What experts are quantised to before the run (none: run as they are), and whose kernels compute them.
 EXPERTS = ("", *quantized.FORMATS)
-KERNELS = ("mlx", "host")
+KERNELS = ("mlx", "host", "metal")
 OPTIONS = ("dtype", "device", "chunk", "decode", "experts", "kernels")
 
 

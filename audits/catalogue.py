@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import audits.contracts as package
 from audits import moe_matmul
-from audits.candidate import Candidate, load
+from audits.candidate import Candidate, load, one_line
 from audits.contract import Argument
+from audits.frameworks import DTYPES
 from audits.verdict import Report, Verdict
 from reference.arithmetic import Arithmetic
 
@@ -67,7 +68,7 @@ def audit(
     framework: str | None = None,
     device: str | None = None,
     claims: Mapping[str, str] | None = None,
-    dtypes: Sequence[str] = (),
+    dtypes: str | Sequence[str] = (),
     full: bool = False,
     seed: int = 0,
     advance: Advance = lambda _: None,
@@ -76,12 +77,15 @@ def audit(
     if not wanted and candidate is not None:
         raise ValueError("name the contract that the candidate is judged by")
     chosen = [contract(name) for name in ([wanted] if isinstance(wanted, str) else list(wanted) or names())]
+    for name in candidate if isinstance(candidate, Mapping) else ():
+        contract(name)
     _check_claims(claims)
-    told = _Told(framework=framework, device=device, claims=claims, dtypes=tuple(dtypes))
+    told = _Told(framework=framework, device=device, claims=claims, dtypes=_checked_dtypes(dtypes))
     verdicts: list[Verdict] = []
-    for one in chosen:
-        for judge in _judges(one, candidate, told):
-            verdicts += judge(full, seed, advance)
+    judging = [list(_judges(one, candidate, told)) for one in chosen]  # bad input shows before anything runs
+    for i, judges in enumerate(judging):
+        for judge in judges:
+            verdicts += judge(full, seed, lambda text, i=i: advance(f"{i + 1}/{len(chosen)} {text}"))  # type: ignore[misc]  # mypy can't infer a lambda's default
     return Report(verdicts=verdicts)
 
 
@@ -162,7 +166,16 @@ def _shipped_decoder(device: str) -> Any:
 
 
 def _select(framework: str, device: str | None) -> Any:
-    """Make `device` the one that MLX computes on; for the others it goes with the arrays."""
+    """Make `device` the one that MLX computes on; for the others it goes with the arrays. ValueError if torch has none
+    of that name.
+    """
+    if framework == "torch" and device is not None:
+        import torch
+
+        try:
+            torch.empty(0, device=device)
+        except Exception as error:  # whatever the backend raises
+            raise ValueError(f"torch can't use the device {device!r}: {one_line(error).partition('. ')[0]}") from error
     if framework != "mlx":
         return None
     from engine.device import select
@@ -172,15 +185,25 @@ def _select(framework: str, device: str | None) -> Any:
 
 def _check_claims(claims: Mapping[str, str] | None) -> None:
     """ArithmeticClaimError (a ValueError) for a claim that there isn't."""
+    if not isinstance(claims, Mapping | None) or not all(isinstance(x, str) for x in (claims or {}).values()):
+        raise ValueError(f'claims are names of dtypes by name, such as {{"accumulate": "float32"}}; not {claims!r}')
     Arithmetic.claim("float32", **dict(claims or {}))
+
+
+def _checked_dtypes(dtypes: str | Sequence[str]) -> tuple[str, ...]:
+    chosen = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
+    if unknown := [name for name in chosen if name not in DTYPES]:
+        raise ValueError(f"no dtype {unknown[0]!r}; there is {', '.join(DTYPES)}")
+    return chosen
 
 
 def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None = None) -> Report:
     """Run one case again, as a Verdict recorded it; `candidate` for one that can't be found by its recorded name."""
     case = case.get("case", case) if isinstance(case, Mapping) else {}
-    name = case.get("contract")
+    name = case.get("contract") if isinstance(case, Mapping) else None
     if not isinstance(name, str) or name not in names():
         raise ValueError(f'a case to replay has a "contract" ({", ".join(names())}); this one has {name!r}')
+    _check_claims(case.get("claims"))
     if name == moe_matmul.NAME and "kernel" in case:
         return Report(verdicts=[moe_matmul.replay(case)])
     place = case.get("candidate", BUILT_IN)

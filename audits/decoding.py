@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from audits.candidate import Candidate, guarded
+from audits.candidate import Candidate, CandidateError, guarded
 from audits.frameworks import give, take
 
 VOCABULARY = 32  # ids below this are used where a decoder doesn't say how many it has
@@ -33,16 +33,13 @@ def adapted(candidate: Candidate) -> Candidate:
     feed three others and take them back. Its signature leaves out what the candidate offers no means for.
     """
     decoder = candidate.function
-    parameters: dict[str, inspect.Parameter] = {}
-    with suppress(TypeError, ValueError):
-        parameters = dict(inspect.signature(decoder).parameters)
     make = getattr(decoder, "make_cache", None)
     offered = ["tokens"]
-    if "cache" in parameters and (make is not None or _returns_cache(candidate)):
+    if "cache" in _parameters(decoder) and (make is not None or _returns_cache(candidate)):
         offered.append("chunks")
-        if make is not None and _trims(guarded(make)):
+        if make is not None and _trims(make):
             offered.append("draft")
-    if make is not None and "left_padding" in inspect.signature(make).parameters:
+    if make is not None and "left_padding" in _parameters(make):
         offered.append("left_padding")
     session = _session(decoder, make, candidate.framework)
     session.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what inspect.signature looks at first
@@ -93,11 +90,22 @@ def _layers(cache: Any) -> list[Any]:
     return list(cache) if isinstance(cache, list | tuple) else [cache]
 
 
-def _trims(cache: Any) -> bool:
-    """Whether every layer's cache can take back tokens."""
-    return all(hasattr(one, "trim") and getattr(one, "is_trimmable", lambda: True)() for one in _layers(cache))
+def _parameters(function: Any) -> set[str]:
+    with suppress(TypeError, ValueError):
+        return set(inspect.signature(function).parameters)
+    return set()
+
+
+def _trims(make: Any) -> bool:
+    """Whether every layer's cache can take back tokens; not if it can't be made, which the sweep will find."""
+    with suppress(CandidateError):
+        layers = guarded(lambda: _layers(make()))
+        return all(hasattr(x, "trim") and guarded(getattr(x, "is_trimmable", lambda: True)) for x in layers)
+    return False
 
 
 def _returns_cache(candidate: Candidate) -> bool:
     tokens = give(np.zeros((1, 2), dtype=np.int32), candidate.framework, device=candidate.device)
-    return isinstance(guarded(lambda: candidate.function(tokens)), tuple)
+    with suppress(CandidateError):
+        return isinstance(guarded(lambda: candidate.function(tokens)), tuple)
+    return False

@@ -8,12 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
 
 Case = Mapping[str, Any]
+
+# Hypothesis also draws numbers above 100 that it finds in the source of whatever modules are loaded, so that one seed
+# would give other cases beside other modules. No source has numbers out here.
+FAR = 2**100
 
 
 @dataclass(frozen=True)
@@ -22,6 +27,9 @@ class Choice:
 
     values: tuple[Any, ...]
 
+    def __str__(self) -> str:
+        return "one of " + ", ".join(map(repr, self.values))
+
     @property
     def simplest(self) -> Any:
         return self.values[0]
@@ -29,6 +37,13 @@ class Choice:
     @property
     def strategy(self) -> st.SearchStrategy[Any]:
         return st.sampled_from(self.values)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a case may have this value: one of `values`, or another number where there are such numbers."""
+        alike = [x for x in self.values if type(x) is type(value)]
+        if not alike or type(value) not in (int, float):
+            return value in alike
+        return isfinite(value) if type(value) is float else value >= min(0, *alike)
 
     def simpler(self, value: Any) -> Iterator[Any]:
         """Values to try instead of `value`, the simplest first."""
@@ -42,13 +57,20 @@ class Range:
     low: int
     high: int
 
+    def __str__(self) -> str:
+        return f"an integer from {self.low} to {self.high}, or beyond"
+
     @property
     def simplest(self) -> int:
         return self.low
 
     @property
     def strategy(self) -> st.SearchStrategy[int]:
-        return st.integers(self.low, self.high)
+        return st.integers(FAR + self.low, FAR + self.high).map(lambda far: far - FAR)
+
+    def takes(self, value: Any) -> bool:
+        """Whether a case may have this value: the corpus goes beyond the range, though not below 1 for that."""
+        return type(value) is int and value >= min(self.low, 1)
 
     def simpler(self, value: int) -> Iterator[int]:
         """The lowest value, then ever closer ones to `value`."""
@@ -64,10 +86,13 @@ Field = Choice | Range
 def filled(fields: Mapping[str, Field], case: Case) -> dict[str, Any]:
     """`case` with the simplest value of every field that it leaves out, in the order of the fields.
 
-    ValueError for a field that there isn't.
+    ValueError for a field that there isn't, and for a value that it can't have.
     """
     if unknown := case.keys() - fields.keys():
         raise ValueError(f"a case has no field {sorted(unknown)[0]!r}; the fields are {', '.join(fields)}")
+    for name, value in case.items():
+        if not fields[name].takes(value):
+            raise ValueError(f"{name} can't be {value!r}; it is {fields[name]}")
     return {name: case.get(name, field.simplest) for name, field in fields.items()}
 
 

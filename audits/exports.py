@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from shlex import quote
 from typing import Any
+from urllib.parse import quote as percent_encoded
 
 from jinja2 import Environment, PackageLoader
 from junitparser import Error as JUnitError
@@ -30,6 +32,11 @@ def case_text(verdict: Verdict) -> str:
     return json.dumps(dict(verdict.case), sort_keys=True, default=str)
 
 
+def replay_command(verdict: Verdict) -> str:
+    """What to type to run a verdict's case again."""
+    return f"assay audit --replay {quote(case_text(verdict))}"
+
+
 def junit(report: Report) -> str:
     """JUnit XML: a suite a contract, a test case a verdict; could-not-judge is an error."""
     xml = JUnitXml("assay audit")
@@ -40,7 +47,7 @@ def junit(report: Report) -> str:
             message = _printable(verdict.message)
             if verdict.outcome == "fail":
                 failure = Failure(message)
-                failure.text = f"assay audit --replay '{case_text(verdict)}'"
+                failure.text = replay_command(verdict)
                 case.result = [failure]
             elif verdict.outcome == "could-not-judge":
                 case.result = [JUnitError(message)]
@@ -76,7 +83,8 @@ def _sarif_result(verdict: Verdict) -> dict[str, Any]:
     }
     file, _, _ = str(verdict.case.get("candidate", "")).rpartition(":")
     if file.endswith((".py", ".toml")):
-        result["locations"] = [{"physicalLocation": {"artifactLocation": {"uri": Path(file).as_posix()}}}]
+        uri = Path(file).as_uri() if Path(file).is_absolute() else percent_encoded(Path(file).as_posix())
+        result["locations"] = [{"physicalLocation": {"artifactLocation": {"uri": uri}}}]
     return result
 
 
@@ -84,7 +92,12 @@ def html(report: Report) -> str:
     """One self-contained page: a row a contract, and every verdict that is no pass with its case."""
     page = Environment(loader=PackageLoader("audits", "templates"), autoescape=True, trim_blocks=True)
     shown = [
-        {"verdict": verdict, "check": verdict.evidence.get("check", ""), "case": case_text(verdict)}
+        {
+            "verdict": verdict,
+            "message": _printable(verdict.message),
+            "check": verdict.evidence.get("check", ""),
+            "replay": replay_command(verdict),
+        }
         for verdict in report.verdicts
         if verdict.outcome != "pass"
     ]

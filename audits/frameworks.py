@@ -92,14 +92,14 @@ def _torch(value: Array, device: str | None) -> Any:
 
 def take(value: Any) -> Array:
     """A candidate's array, of any framework, or a number, as a NumPy array of the same dtype, evaluated and copied."""
-    kind = type(value).__module__.split(".")[0]
-    if kind == "mlx":
+    kinds = {base.__module__.split(".")[0] for base in type(value).__mro__}  # a torch Parameter's subclass is torch's
+    if "mlx" in kinds:
         import mlx.core as mx
 
         if value.dtype == mx.bfloat16:
             return np.array(value.view(mx.uint16)).view(ml_dtypes.bfloat16)
         return np.array(value)
-    if kind == "torch":
+    if "torch" in kinds:
         import torch
 
         value = value.detach().cpu()

@@ -28,7 +28,7 @@ JOBS: dict[str, Callable[..., Any]] = {
 def sections() -> Iterator[tuple[str, list[tuple[str, str]]]]:
     """Titles with rows of (name, one line)."""
     yield "jobs", [(name, _first_line(job)) for name, job in JOBS.items()]
-    yield "contracts", [(name, f"{one.signature}: {one.doc.partition('. ')[0]}") for name, one in contracts().items()]
+    yield "contracts", [(name, f"{one.signature}: {_first_sentence(one.doc)}") for name, one in contracts().items()]
     ops = inspect.getmembers(bounds, inspect.isfunction)
     yield "ops with a derived error bound", [(name, _first_line(op)) for name, op in ops if not name.startswith("_")]
     yield "models", [("shipped", f"{SHIPPED_FOLDER.name}/ (goldens/model/README.md has its figures)")]
@@ -68,5 +68,8 @@ def check_kernels(source: Path, include_dirs: Sequence[Path], only: str) -> Iter
 
 def _first_line(thing: Any) -> str:
     """The first sentence of a docstring, in one line."""
-    paragraph = " ".join((inspect.getdoc(thing) or "").partition("\n\n")[0].split())
-    return paragraph.partition(". ")[0].partition("; ")[0].rstrip(".")
+    return _first_sentence((inspect.getdoc(thing) or "").partition("\n\n")[0]).partition("; ")[0]
+
+
+def _first_sentence(text: str) -> str:
+    return " ".join(text.split()).partition(". ")[0].rstrip(".")

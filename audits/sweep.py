@@ -20,7 +20,7 @@ from audits.candidate import Candidate, CandidateError, ChangedInput
 from audits.contract import Array, Call, Contract, Finding, Outputs, Relation, Run
 from audits.domain import Case, filled, shrink, strategy
 from audits.errors import CannotJudge
-from audits.frameworks import LAYOUTS
+from audits.frameworks import DTYPES, LAYOUTS
 from audits.verdict import Verdict
 from reference.arithmetic import Arithmetic
 
@@ -41,13 +41,16 @@ class _Lacking(Exception):
 
 @dataclass(frozen=True)
 class _Run:
-    """A candidate with the arrays of one case's layout and dtype."""
+    """A candidate with the arrays of one case's layout and dtype; `told` collects what it was asked and gave."""
 
     run: Callable[[Call], Outputs]
     arithmetic: Arithmetic
+    told: list[tuple[Call, Outputs]] = field(default_factory=list)
 
     def __call__(self, call: Call) -> Outputs:
-        return self.run(call)
+        outputs = self.run(call)
+        self.told.append((call, outputs))
+        return outputs
 
 
 @dataclass
@@ -59,6 +62,7 @@ class Sweep:
     shrinking: bool = True
     lacking: tuple[str, ...] = ()
     form: Case = field(default_factory=dict)
+    taken: list[str] = field(default_factory=list)
     shrunk: set[str] = field(default_factory=set)
     output_dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -68,25 +72,30 @@ class Sweep:
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts: first what is left out and why, then the corpus, the relations and the drawn cases."""
-        self.form = next((f for f in self.contract.forms if self._takes(f)), self.contract.forms[0])
+        wanted = self._wanted_dtypes()
+        if left_out := [d for d in self.candidate.dtypes if d not in wanted]:
+            yield self._verdict("skipped", {}, f"{self.contract.name} has no {', '.join(left_out)}")
+        if not wanted:
+            return
+        found = (f for f in self.contract.forms if any(self._takes(f, dtype) for dtype in wanted))
+        self.form = next(found, self.contract.forms[0])
         if self.form != self.contract.forms[0]:
             told = ", ".join(f"{name}={value}" for name, value in self.form.items())
             yield self._verdict("skipped", {}, f"the candidate takes its operands with {told} alone")
-        taken = []
-        for dtype in self._wanted_dtypes():
+        for dtype in wanted:
             reason = self._refuses(dtype)
             if reason:
                 yield self._verdict("skipped", {"dtype": dtype}, f"{dtype} is left out: the candidate {reason}")
             else:
-                taken.append(dtype)
+                self.taken.append(dtype)
         if self.lacking:
             yield self._verdict(
                 "skipped", {}, f"the candidate takes no {', '.join(self.lacking)}: what needs it is left out"
             )
-        if not taken:
-            yield self._fails_everywhere()
+        if not self.taken:
+            yield self._fails_everywhere(wanted[0])
             return
-        for case in self._cases(taken, full=full, seed=seed):
+        for case in self._cases(self.taken, full=full, seed=seed):
             advance(f"{self.contract.name} {case['dtype']} {case['relation'] or 'values'}")
             yield self.verdict(case)
 
@@ -97,10 +106,11 @@ class Sweep:
         return next((b for b in bases if not self._needs_what_lacks(filled(domain, b))), bases[0])
 
     def _wanted_dtypes(self) -> Sequence[str]:
+        """The dtypes to try, of those that the contract has; ValueError for one that there isn't at all."""
         known = self.contract.domain["dtype"].values  # type: ignore[union-attr]  # dtype is always a Choice
-        if unknown := [d for d in self.candidate.dtypes if d not in known]:
+        if unknown := [d for d in self.candidate.dtypes if d not in DTYPES]:
             raise ValueError(f"{self.contract.name} has no dtype {unknown[0]!r}; there is {', '.join(known)}")
-        return self.candidate.dtypes or known
+        return [d for d in dict.fromkeys(self.candidate.dtypes) if d in known] if self.candidate.dtypes else known
 
     def _refuses(self, dtype: str) -> str:
         """What the candidate raises on the plainest case of `dtype`, or ""."""
@@ -112,17 +122,21 @@ class Sweep:
             return str(error)
         return ""
 
-    def _takes(self, form: Case) -> bool:
+    def _takes(self, form: Case, dtype: str) -> bool:
         """Whether the candidate takes the plainest case in this form without raising."""
         try:
-            self._outputs(filled(self.contract.domain, {**self._plainest, **form}))
+            self._outputs(filled(self.contract.domain, {**self._plainest, **form, "dtype": dtype}))
+        except ChangedInput:
+            return True
         except CandidateError:
             return False
         return True
 
-    def _fails_everywhere(self) -> Verdict:
-        case = {**filled(self.contract.domain, self.contract.bases[0]), "relation": VALUES}
-        return self._verdict("fail", case, "the candidate raises on the plainest case of every dtype", check="raises")
+    def _fails_everywhere(self, dtype: str) -> Verdict:
+        """The verdict of a candidate that raises on the plainest case of every dtype: that of the first such case."""
+        case = {**filled(self.contract.domain, {**self._plainest, **self.form, "dtype": dtype}), "relation": VALUES}
+        verdict = self.verdict(case)
+        return verdict if verdict.outcome == "fail" else self._at_times(case)
 
     def _cases(self, dtypes: Sequence[str], *, full: bool, seed: int) -> Iterator[dict[str, Any]]:
         """Every case of the sweep that is valid and that the candidate can take, each once."""
@@ -195,34 +209,56 @@ class Sweep:
             finding, digest = self._check(case)
         except CannotJudge as error:
             return self._verdict("could-not-judge", case, str(error))
+        except _Lacking:
+            return self._verdict("skipped", case, f"the candidate takes no {', '.join(self.lacking)}: this needs it")
         if finding is None:
             return self._verdict("pass", case, "within its bound" if not case["relation"] else "holds", digest=digest)
-        evidence: dict[str, Any] = {"check": finding.check, "digest": digest, **finding.evidence}
         if not self.shrinking or finding.check in self.shrunk:
-            return self._verdict("fail", case, finding.message, **evidence)
+            return self._failed(case, finding, digest)
         self.shrunk.add(finding.check)
         return self._smallest(case, finding.check)
 
     def _smallest(self, case: Case, check: str) -> Verdict:
         """The verdict of the smallest case found that still fails `check`."""
+        usual = dict(self.output_dtypes)  # smaller cases that are tried are no measure of what is usual
         case = shrink(self.contract.domain, case, lambda c: self._fails(c, check), self._possible)
-        finding, digest = self._check(case)
-        if finding is None:
-            message = "fails at times and passes at times, in one and the same case"
-            return self._verdict("fail", case, message, check="rerun", shrunk=True)
-        evidence = {"check": finding.check, "digest": digest, "shrunk": True, **finding.evidence}
+        self.output_dtypes = usual
+        try:
+            finding, digest = self._check(case)
+        except CannotJudge:
+            finding = None
+        return self._at_times(case) if finding is None else self._failed(case, finding, digest, shrunk=True)
+
+    def _failed(self, case: Case, finding: Finding, digest: str, **more: Any) -> Verdict:
+        """The verdict on a finding; its case holds all that the finding depends on."""
+        if finding.check == "dtype":
+            kind = self.contract.dtype_key(case)
+            case = {**case, "output_dtypes": {kind: list(self.output_dtypes[kind])}}
+        evidence = {"check": finding.check, "digest": digest, **more, **finding.evidence}
         return self._verdict("fail", case, finding.message, **evidence)
 
+    def _at_times(self, case: Case) -> Verdict:
+        message = "fails at times and passes at times, in one and the same case"
+        return self._verdict("fail", case, message, check="rerun", shrunk=True)
+
     def _possible(self, case: Case) -> bool:
-        return self.contract.valid(case) and not self._needs_what_lacks(case)
+        """Whether a case, smaller than one that failed, means something for the candidate."""
+        known = not self.taken or case["dtype"] in self.taken
+        return known and self.contract.valid(case) and not self._needs_what_lacks(case) and self.applies(case)
+
+    def applies(self, case: Case) -> bool:
+        """Whether the relation of a case means something for it, and for the candidate."""
+        relation = case.get("relation", VALUES)
+        return relation == VALUES or relation.startswith(PAIR) or relation in (r.name for r in self._relations(case))
 
     def _fails(self, case: Case, check: str) -> bool:
         try:
             finding, _ = self._check(case)
-        except CannotJudge:
+        except (CannotJudge, _Lacking):
             return False
         return finding is not None and finding.check == check
 
+    @np.errstate(all="ignore")  # what a candidate gives may be anything
     def _check(self, case: Case) -> tuple[Finding | None, str]:
         """What is wrong with the candidate in one case, or None, and a digest of its outputs."""
         call, digest = self.contract.build(case), ""
@@ -238,17 +274,29 @@ class Sweep:
             if case["relation"] == VALUES or case["relation"].startswith(PAIR):
                 judged = self.contract.judge(call, outputs, self.arithmetic(case))
                 return self._dtype_finding(case, outputs) or judged, digest
-            relation = next((r for r in self._relations(case) if r.name == case["relation"]), None)
-            if relation is None:
-                return None, digest  # a smaller case that the relation means nothing for
-            problem = relation.check(self._runner(case), call, outputs, case)
-        except _Lacking:
-            return None, digest
+            relation = next(r for r in self._relations(case) if r.name == case["relation"])
+            return self._broken(relation, case, call, outputs), digest
         except ChangedInput as error:
             return Finding(check="inputs unchanged", message=str(error)), ""
         except CandidateError as error:
             return Finding(check="raises", message=str(error)), ""
-        return (None if problem is None else Finding(check=relation.name, message=problem)), digest
+
+    def _broken(self, relation: Relation, case: Case, call: Call, outputs: Outputs) -> Finding | None:
+        """What is wrong with a relation, or with the shape of a result that it stumbles over."""
+        run = self._runner(case)
+        run.told.append((call, outputs))
+        try:
+            problem = relation.check(run, call, outputs, case)
+        except (CandidateError, CannotJudge, _Lacking):
+            raise
+        except Exception:
+            # Relations take the outputs for what is due. One that isn't is found here; else the error is ours.
+            for asked, given in run.told:
+                finding = _malformed(given, self.contract) or self.contract.judge(asked, given, run.arithmetic)
+                if finding is not None:
+                    return finding
+            raise
+        return None if problem is None else Finding(check=relation.name, message=problem)
 
     def arithmetic(self, case: Case) -> Arithmetic:
         """The arithmetic that the candidate claims for a case, or what honest code of its dtype may do."""
@@ -258,7 +306,7 @@ class Sweep:
     def _outputs(self, case: Case) -> Outputs:
         return self._runner(case)(self.contract.build(case))
 
-    def _runner(self, case: Case) -> Run:
+    def _runner(self, case: Case) -> _Run:
         layouts = {case["operand"]: case["layout"]} if case["operand"] else {}
         return _Run(lambda call: self._called(call, layouts), self.arithmetic(case))
 
@@ -295,7 +343,7 @@ def _malformed(outputs: Outputs, contract: Contract) -> Finding | None:
         due = " or ".join(map(str, contract.outputs))
         return Finding(check="shape", message=f"returns {len(outputs)} arrays; {due} expected")
     for x in outputs:
-        if contract.words and x.dtype.kind in NO_ARRAY:
+        if contract.words and x.dtype.kind in NO_ARRAY and x.ndim == 0:
             continue
         if x.dtype.kind not in "fiub" and x.dtype != ml_dtypes.bfloat16:
             return Finding(check="shape", message=f"returns {x.dtype}, which is no array of numbers")
@@ -305,13 +353,31 @@ def _malformed(outputs: Outputs, contract: Contract) -> Finding | None:
 def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) -> Verdict:
     """Run the one case that a verdict recorded; ValueError for what is no case of the contract."""
     known = {name: case[name] for name in contract.domain if name in case}
-    relation = str(case.get("relation", VALUES))
+    relation = case.get("relation", VALUES)
+    relations = [r.name for r in (*COMMON, *contract.relations)]
+    if relation not in (VALUES, *relations, *(f"{PAIR}{i}" for i in range(len(contract.bases)))):
+        raise ValueError(f"{contract.name} has no relation {relation!r}; there is {', '.join(relations)}")
     chosen = {**filled(contract.domain, known), "relation": relation}
-    if not contract.valid(chosen):
+    usual = case.get("output_dtypes", {})
+    if not isinstance(usual, Mapping) or not all(isinstance(found, list | tuple) for found in usual.values()):
+        raise ValueError("output_dtypes holds a list of dtypes for each kind of case")
+    if not _buildable(contract, chosen):
         raise ValueError(f"this is no case of {contract.name}: its fields don't go together")
     sweep = Sweep(contract, candidate, shrinking=False)
-    sweep.output_dtypes.update({dtype: tuple(found) for dtype, found in case.get("output_dtypes", {}).items()})
+    sweep.output_dtypes.update({kind: tuple(found) for kind, found in usual.items()})
+    if sweep._needs_what_lacks(chosen):
+        return sweep._verdict("skipped", chosen, f"the candidate takes no {', '.join(sweep.lacking)}: this needs it")
+    if not sweep.applies(chosen):
+        raise ValueError(f"{relation!r} means nothing for this case of {contract.name}, or for the candidate")
     return sweep.verdict(chosen)
+
+
+def _buildable(contract: Contract, case: Case) -> bool:
+    """Whether a case that somebody wrote has operands: fields may be what each can be and not go together."""
+    try:
+        return contract.valid(case) and bool(contract.build(case).args)
+    except (ValueError, TypeError, LookupError, ArithmeticError):
+        return False
 
 
 def _digest(outputs: Outputs) -> str:

@@ -20,6 +20,7 @@ from audits.values import draw
 from reference import bounds
 from reference.arithmetic import Arithmetic
 from reference.bounds import Bounded
+from reference.threads import threads_for
 
 Array = np.ndarray[Any, np.dtype[Any]]
 KINDS = ("normal", "positive", "large", "steps")
@@ -62,7 +63,8 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
     parts = {name: np.zeros((T, k, w.shape[1])) for name in ("expected", "bound", "likely")}
     for expert in np.unique(ids):
         token, slot = np.nonzero(ids == expert)
-        found = bounds.linear(x[torch.from_numpy(token)], w[int(expert)], arithmetic)
+        with threads_for(w[int(expert)].numel()):
+            found = bounds.linear(x[torch.from_numpy(token)], w[int(expert)], arithmetic)
         for name, part in parts.items():
             part[token, slot] = getattr(found, name).numpy()
     return judge_rows(outputs[0], Bounded(**{name: torch.from_numpy(part) for name, part in parts.items()}))

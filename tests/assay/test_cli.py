@@ -70,9 +70,9 @@ def test_json_on_standard_output_is_only_json(assay, model: Path) -> None:
 
 
 def test_a_failure_exits_1_names_the_place_and_prints_its_replay(assay, model: Path, monkeypatch) -> None:
-    import engine.cache
+    import engine.caches
 
-    monkeypatch.setattr(engine.cache.KVCache, "mask", lambda self, L: None)
+    monkeypatch.setattr(engine.caches.KVCache, "make_mask", lambda self, N: None)
     code, out, _ = assay("run", "--model", model, "--tokens", TOKENS)
     assert code == 1
     assert "FAIL run" in out
@@ -106,6 +106,7 @@ def test_a_failure_exits_1_names_the_place_and_prints_its_replay(assay, model: P
         (["run", "--kernels", "cuda", "--tokens", "1"], "one of mlx, host"),
         (["run", "--kernels", "host", "--tokens", "1"], "not in blocks"),
         (["run", "--kernels", "host", "--device", "metal", "--tokens", "1"], "run on the CPU"),
+        (["run", "--kernels", "metal", "--device", "cpu", "--tokens", "1"], "run on an Apple GPU"),
         (["run", "--kernels", "host", "--dtype", "bfloat16", "--tokens", "1"], "float32 and float16"),
         (["golden", "regenerate", "--kernels", "host"], "--tokens"),
         (["run", "--tokens", ""], "--tokens"),
@@ -236,11 +237,11 @@ def test_the_golden_workflow(assay, model: Path, tmp_path: Path) -> None:
 
 
 def test_a_pending_golden_that_fails_is_accepted_by_force_only(assay, model: Path, tmp_path: Path, monkeypatch) -> None:
-    import engine.cache
+    import engine.caches
 
     golden = tmp_path / "g.h5"
     with monkeypatch.context() as patch:
-        patch.setattr(engine.cache.KVCache, "mask", lambda self, L: None)
+        patch.setattr(engine.caches.KVCache, "make_mask", lambda self, N: None)
         assay("golden", "regenerate", golden, "--model", model, "--tokens", TOKENS)
     code, out, _ = assay("golden", "accept", golden)
     assert code == 1

@@ -51,9 +51,9 @@ def test_diff_shows_what_moved_and_that_both_runs_are_within_bound(accepted: Pat
 def test_diff_fails_when_the_pending_run_is_wrong(
     accepted: Path, tiny_case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import engine.cache
+    import engine.caches
 
-    monkeypatch.setattr(engine.cache.KVCache, "mask", lambda self, L: None)
+    monkeypatch.setattr(engine.caches.KVCache, "make_mask", lambda self, N: None)
     regenerate(accepted, [tiny_case])
     (judged,) = diff(accepted)
     assert judged.verdict.outcome == "fail"

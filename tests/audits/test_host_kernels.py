@@ -15,9 +15,9 @@ from audits.golden_jobs import diff, regenerate, verify
 from audits.launched import kernel_lines
 from audits.runs import load_engine
 from audits.side_by_side import audit_case, audit_model
-from engine import host_moe
+from engine import kernel_moe
 from engine.metal import table
-from engine.metal.kernels import apple, host
+from engine.metal.kernels import apple, host, ops
 from engine.metal.library import compile
 from goldens import workflow
 from tests.engine.tiny import make_checkpoint
@@ -95,14 +95,14 @@ def test_a_fault_in_a_kernels_text_is_named(
 def test_one_wrong_row_of_the_decode_kernel_is_named(
     tiny_case: Case, q4_k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = host.mul_mv_id
+    original = ops.mul_mv_id
 
-    def one_row(x: Any, blocks: Any, ids: Any, kind: str) -> Any:
-        result = original(x, blocks, ids, kind)
+    def one_row(x: Any, blocks: Any, ids: Any, kind: str, *, run: ops.Run) -> Any:
+        result = original(x, blocks, ids, kind, run=run)
         result[0, 2, 9] *= 1.1
         return result
 
-    monkeypatch.setattr(host_moe.host, "mul_mv_id", one_row)
+    monkeypatch.setattr(kernel_moe.ops, "mul_mv_id", one_row)
     (judged,) = audit_model([replace(tiny_case, model=str(q4_k), kernels="host")])
     failure = judged.comparison.first_failure
     assert failure is not None
@@ -117,13 +117,13 @@ def test_one_wrong_row_of_the_decode_kernel_is_named(
 def test_the_vector_kernel_has_other_weights_than_a_float16_run(
     tiny_case: Case, q4_k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why engine/host_moe.py doesn't decode with it there: its weights are not rounded, and that shows."""
-    original = host.mul_mm_id
+    """Why engine/kernel_moe.py doesn't decode with it there: its weights are not rounded, and that shows."""
+    original = ops.mul_mm_id
 
-    def by_vector(x: Any, blocks: Any, ids: Any, kind: str) -> Any:
-        return (host.mul_mv_id if len(ids) == 1 else original)(x, blocks, ids, kind)
+    def by_vector(x: Any, blocks: Any, ids: Any, kind: str, *, run: ops.Run) -> Any:
+        return (ops.mul_mv_id if len(ids) == 1 else original)(x, blocks, ids, kind, run=run)
 
-    monkeypatch.setattr(host_moe.host, "mul_mm_id", by_vector)
+    monkeypatch.setattr(kernel_moe.ops, "mul_mm_id", by_vector)
     (judged,) = audit_model([replace(tiny_case, model=str(q4_k), kernels="host", dtype="float16")])
     assert judged.comparison.first_failure is not None
     assert judged.comparison.first_failure.probe == "layers.0.moe.gate"

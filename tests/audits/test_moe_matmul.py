@@ -11,8 +11,9 @@ import pytest
 import assay
 from audits.catalogue import replay
 from audits.kernel_spec import KernelSpec, evaluate, packed, read_specs
-from audits.moe_matmul import LOADS, OWN, MatmulCase, cases, expert_pairs, mismatch, problem, routing, run_case
+from audits.moe_matmul import LOADS, OWN, MatmulCase, build, cases, expert_pairs, mismatch, problem, routing, run_case
 from audits.mutants import Mutant, catch, plant, read_mutants
+from engine.metal.library import Library
 
 MUTANTS = Path(__file__).parent.parent / "mutants" / "moe_matmul"
 # The published table: mismatching elements of M = 64, K = 256, one expert, by tokens and tile.
@@ -96,7 +97,7 @@ def test_our_own_kernels_pass_at_ragged_sizes() -> None:
         assert verdict.evidence["kernel"] == spec.name, "the report names the kernel that ran"
 
 
-@pytest.mark.parametrize("name", [path.stem for path in sorted(MUTANTS.glob("*.toml"))])
+@pytest.mark.parametrize("name", [one.name for one in read_mutants(MUTANTS)])
 def test_a_planted_bug_is_caught_by_the_check_it_is_for(name: str) -> None:
     found = catch(mutant(name), OWN)
     assert found.ok, f"caught by {sorted(found.messages)} only, {found.mutant.caught_by} had to"
@@ -206,5 +207,21 @@ def test_a_description_that_makes_no_sense_is_refused(tmp_path: Path, edit: tupl
 def test_the_public_audit_refuses_what_it_does_not_know() -> None:
     with pytest.raises(ValueError, match="no contract 'nonsense'"):
         assay.audit("nonsense")
-    with pytest.raises(ValueError, match="TOML"):
+    with pytest.raises(ValueError, match=r"FILE\.py:NAME is expected"):
         assay.audit("moe_matmul", candidate="kernels.py")
+
+
+def test_all_kernels_of_a_library_are_compiled_in_one_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One at a time, a first run would take minutes: nothing is left to compile case by case."""
+    asked: list[tuple[bool, list[str]]] = []
+    original = Library.build
+    monkeypatch.setattr(
+        Library, "build", lambda self, names: (asked.append((self.checked, names)), original(self, names))[1]
+    )
+    specs = [spec for spec in read_specs(OWN) if spec.format == "q8_0" and spec.tile == 32]
+    swept = [(s, c) for s, c in cases(specs, full=False, seed=0) if c.tokens in (1, 33)]
+    build(swept)
+    assert sorted((checked, sorted(set(names))) for checked, names in asked) == [
+        (False, sorted(spec.name for spec in specs)),
+        (True, sorted(spec.name for spec in specs)),
+    ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import engine.attention
-import engine.cache
+import engine.caches
 import engine.moe
 import engine.router
 from audits.cases import Case
@@ -62,12 +62,12 @@ def test_one_weight_off_by_one_percent(
 
 
 def wider_window(patch: pytest.MonkeyPatch) -> None:
-    original = engine.cache.RotatingCache.__init__
-    patch.setattr(engine.cache.RotatingCache, "__init__", lambda self, window: original(self, window + 1))
+    original = engine.caches.RotatingKVCache.__init__
+    patch.setattr(engine.caches.RotatingKVCache, "__init__", lambda self, window: original(self, window + 1))
 
 
 def no_mask(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(engine.cache.KVCache, "mask", lambda self, L: None)
+    patch.setattr(engine.caches.KVCache, "make_mask", lambda self, N: None)
 
 
 def shifted_mask(patch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def shifted_mask(patch: pytest.MonkeyPatch) -> None:
         rows, columns = mx.arange(self.offset, self.offset + L)[:, None], mx.arange(self.offset + L)[None]
         return columns <= rows - (rows > 3)
 
-    patch.setattr(engine.cache.KVCache, "mask", mask)
+    patch.setattr(engine.caches.KVCache, "make_mask", mask)
 
 
 def attention_with(**changes: Any) -> Fault:
@@ -107,7 +107,7 @@ def one_routing_decision(patch: pytest.MonkeyPatch) -> None:
             ids[0, 4, 1] = rest[0]
         return mx.array(ids)
 
-    patch.setattr(engine.router, "top_k", top_k)
+    patch.setattr(engine.router, "_top_k", top_k)
 
 
 def biased_weights(patch: pytest.MonkeyPatch) -> None:

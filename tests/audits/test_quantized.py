@@ -165,7 +165,7 @@ def test_a_case_keeps_its_options_and_older_ones_have_defaults() -> None:
     ("options", "told"),
     [
         ({"experts": "q5_k"}, r"experts is 'q5_k'; one of \(none\), q8_0, q4_k, q2_k, iq2_xxs is expected"),
-        ({"kernels": "metal"}, "kernels is 'metal'; one of mlx, host is expected"),
+        ({"kernels": "cuda"}, "kernels is 'cuda'; one of mlx, host, metal is expected"),
         ({"kernels": None}, "kernels is None"),
     ],
 )

@@ -1,0 +1,64 @@
+"""batch_kv_cache(left_padding): kv_cache for rows of different lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from audits.cache_contract import CacheContract, Plan
+from audits.cache_corpus import (
+    Program,
+    extracted,
+    feed,
+    filtered,
+    joined,
+    masks,
+    op,
+    padded,
+    restores,
+    right_padded,
+    trims,
+)
+
+OPERATIONS = ("trim", "restore", "left_pad", "right_pad", "new", "filter", "extend", "extract", "single", "merge")
+
+
+def programs(full: bool) -> Iterator[tuple[Program, list[int]]]:
+    """(program, left padding) of every kind."""
+    for left_padding in ([0, 2], [2, 0, 5]):
+        yield from ((program, left_padding) for program in filtered(len(left_padding)))
+        yield from ((program, left_padding) for program in extracted(len(left_padding)))
+        yield from ((program, left_padding) for program in masks(7, (None, 1, 3, 1000)))
+    yield from ((program, [0, 2]) for program in padded())
+    yield from ((program, [1, 3]) for program in padded())
+    yield from ((program, [0, 0]) for program in right_padded())
+    yield from ((program, left_padding) for program in joined() for left_padding in ([0], [2, 0]))
+    yield from ((program, [3, 0]) for program in trims((10, 258)) if _shorter(program, 3))
+    yield from ((program, [0, 2]) for program in restores((5, 256)))
+    yield [*feed(8), *op("filter", rows=[0]), *op("restore", into=1), *feed(1, 2, on=1)], [3, 0]
+
+
+def _shorter(program: Program, padding: int) -> bool:
+    """Whether no trimming reaches into the padding."""
+    fed = sum(step.get("n", 0) for step in program[:1])
+    return all(step["n"] < fed - padding for step in program if step["op"] == "trim")
+
+
+def corpus(full: bool) -> Iterator[Plan]:
+    for i, (program, left_padding) in enumerate(programs(full)):
+        yield Plan(program=program, options={"left_padding": left_padding}, heads=1 + i % 2)
+
+
+CONTRACT = CacheContract(
+    name="batch_kv_cache",
+    signature="batch_kv_cache(left_padding)",
+    doc=(
+        "update_and_fetch(keys [B,H,n,D], values [B,H,n,Dv]) -> all of them so far, B = len(left_padding).\n"
+        "The first left_padding[b] columns of row b are padding: offset[b] starts at −left_padding[b]. A query sees its"
+        " row's own tokens up to itself, and never padding. prepare(lengths, right_padding) before and finalize() after"
+        " right-padded chunks of two or more; filter(rows), extend(other), extract(row), and merge of what extract"
+        " gives. Otherwise as kv_cache."
+    ),
+    operations=OPERATIONS,
+    settings=[{"left_padding": [0, 2]}],
+    corpus=corpus,
+)
