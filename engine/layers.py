@@ -33,11 +33,9 @@ class QuantizedLinear(Module):
         self.scales = self.biases = mx.zeros((out, width // self.group_size))
 
     def __call__(self, x: mx.array) -> mx.array:
-        y = mx.quantized_matmul(
+        y = quantized_matmul(
             x.astype(self.scales.dtype),
-            self.weight,
-            self.scales,
-            self.biases,
+            (self.weight, self.scales, self.biases),
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,
@@ -78,6 +76,23 @@ class QuantizedSwitchLinear(Module):
             sorted_indices=in_order,
         )
         return y.astype(x.dtype)
+
+
+def quantized_matmul(
+    x: mx.array, quantized: tuple[mx.array, mx.array, mx.array], *, transpose: bool, group_size: int, bits: int
+) -> mx.array:
+    """x [..., K] times (codes, scales, biases), [..., N, K] if transpose, else [..., K, N] → [..., N] in x's dtype.
+
+    MLX's own, except where its CUDA backend fails (MLX 0.32.4; docs/evidence/cuda.md): weights of a single group are
+    multiplied wrongly from two rows on, and float32 ones in groups of 128 raise from 33 on. There they are decoded first.
+    """
+    codes, scales, biases = quantized
+    one_group = scales.shape[-1] == 1
+    tall = x.dtype == mx.float32 and group_size == 128 and x.shape[-2] > 32
+    if (one_group or tall) and mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
+        w = mx.dequantize(codes, scales, biases, group_size=group_size, bits=bits)
+        return x @ (w.swapaxes(-1, -2) if transpose else w)
+    return mx.quantized_matmul(x, codes, scales, biases, transpose=transpose, group_size=group_size, bits=bits)
 
 
 def gather_mm(x: mx.array, stack: mx.array, ids: mx.array, *, in_order: bool) -> mx.array:

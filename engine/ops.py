@@ -51,15 +51,8 @@ def quantized_matmul(
     On the CPU scales and biases are widened first: MLX keeps the running sum in their dtype there (layers.widen).
     """
     wide = mx.float32 if mx.default_device() == mx.Device(mx.cpu) else scales.dtype
-    y = mx.quantized_matmul(
-        x.astype(wide),
-        codes,
-        scales.astype(wide),
-        biases.astype(wide),
-        transpose=transpose,
-        group_size=group_size,
-        bits=bits,
-    )
+    weights = codes, scales.astype(wide), biases.astype(wide)
+    y = layers.quantized_matmul(x.astype(wide), weights, transpose=transpose, group_size=group_size, bits=bits)
     return y.astype(x.dtype)
 
 
@@ -86,7 +79,7 @@ def router(
     scale: float = 1.0,
 ) -> tuple[mx.array, mx.array]:
     """logits [T, E] -> ids int32 [T, k] and weights float32 [T, k], best first, ties to the lowest id."""
-    return routing.choose(logits.astype(mx.float32), bias, top_k=top_k, scoring=scoring, norm=norm, scale=scale)
+    return routing.choose(logits.astype(mx.float32), bias, k=top_k, scoring=scoring, norm=norm, scale=scale)
 
 
 def top_k(x: mx.array, *, k: int) -> mx.array:

@@ -25,7 +25,7 @@ def route(logits: mx.array, bias: mx.array | None, config: Config) -> tuple[mx.a
     return choose(
         logits,
         bias,
-        top_k=config.num_experts_per_tok,
+        k=config.num_experts_per_tok,
         scoring=config.scoring_func,
         norm=config.norm_topk_prob,
         scale=config.routed_scaling_factor,
@@ -33,15 +33,15 @@ def route(logits: mx.array, bias: mx.array | None, config: Config) -> tuple[mx.a
 
 
 def choose(
-    logits: mx.array, bias: mx.array | None, *, top_k: int, scoring: str, norm: bool, scale: float
+    logits: mx.array, bias: mx.array | None, *, k: int, scoring: str, norm: bool, scale: float
 ) -> tuple[mx.array, mx.array]:
     """(T, E) float32 logits → (T, K) int32 expert ids and (T, K) float32 weights, best first."""
     if scoring == "topk_softmax":
-        ids = _top_k(logits, top_k)
+        ids = top_k(logits, k)
         weights = mx.softmax(mx.take_along_axis(logits, ids, axis=-1), axis=-1)
         return ids, weights * scale
     scores = _scores(logits, scoring)
-    ids = _top_k(scores if bias is None else scores + bias, top_k)
+    ids = top_k(scores if bias is None else scores + bias, k)
     weights = mx.take_along_axis(scores, ids, axis=-1)
     if norm:
         weights = weights / _denominator(weights.sum(axis=-1, keepdims=True), scoring)
@@ -86,6 +86,3 @@ def _denominator(total: mx.array, scoring_func: str) -> mx.array:
     if scoring_func == "sigmoid":
         return total + _SIGMOID_EPS
     return total
-
-
-_top_k = top_k  # `choose` has an argument of that name

@@ -16,6 +16,7 @@ from __future__ import annotations
 import mlx.core as mx
 
 from engine.caches.codecs import Arrays
+from engine.layers import quantized_matmul
 from engine.masks import Mask
 
 
@@ -91,15 +92,8 @@ def _fused(q: mx.array, k: mx.array, v: mx.array, *, scale: float, mask: Mask, s
 
 def _product(x: mx.array, packed: Arrays, *, transpose: bool, group_size: int, bits: int) -> mx.array:
     codes, scales, biases = packed
-    return mx.quantized_matmul(
-        x,
-        codes,
-        scales.astype(x.dtype),
-        biases.astype(x.dtype),
-        transpose=transpose,
-        group_size=group_size,
-        bits=bits,
-    )
+    weights = codes, scales.astype(x.dtype), biases.astype(x.dtype)
+    return quantized_matmul(x, weights, transpose=transpose, group_size=group_size, bits=bits)
 
 
 def _softmax(scores: mx.array, mask: mx.array | None, sinks: mx.array | None) -> mx.array:

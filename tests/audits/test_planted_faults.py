@@ -107,7 +107,7 @@ def one_routing_decision(patch: pytest.MonkeyPatch) -> None:
             ids[0, 4, 1] = rest[0]
         return mx.array(ids)
 
-    patch.setattr(engine.router, "_top_k", top_k)
+    patch.setattr(engine.router, "top_k", top_k)
 
 
 def biased_weights(patch: pytest.MonkeyPatch) -> None:

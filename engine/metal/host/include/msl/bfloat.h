@@ -71,6 +71,14 @@ struct bfloat {
     bits = detail::bfloat_bits_of(value);
     return *this;
   }
+  // To and from a volatile bfloat: templates, because a copy constructor would end being trivially copyable.
+  template <class B, enable_if_t<__is_same(const B, const volatile bfloat), int> = 0>
+  constexpr bfloat(B& other) : bits(other.bits) {}
+  template <class T, enable_if_t<__is_convertible(T, bfloat) || detail::is_builtin_arithmetic<T>, int> = 0>
+  volatile bfloat& operator=(T value) volatile {
+    bits = bfloat(value).bits;
+    return *this;
+  }
 
   constexpr float widened() const { return __builtin_bit_cast(float, static_cast<uint32_t>(bits) << 16); }
   // Deduced, so that float is the only implicit target: with a plain operator float, `c ? b : 0` would become an int.
@@ -78,6 +86,8 @@ struct bfloat {
   constexpr operator T() const { return widened(); }
   template <class T, enable_if_t<detail::is_builtin_arithmetic<T> && !__is_same(T, float), int> = 0>
   constexpr explicit operator T() const { return static_cast<T>(widened()); }
+  template <class T, enable_if_t<__is_same(T, float), int> = 0>
+  operator T() const volatile { return bfloat(*this).widened(); }
 
   constexpr bfloat operator-() const { return from_bits(bits ^ 0x8000); }
   constexpr bfloat operator+() const { return *this; }
