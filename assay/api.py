@@ -68,6 +68,7 @@ def audit(
     device: str | None = None,
     claims: Mapping[str, str] | None = None,
     dtypes: Sequence[str] = (),
+    layouts: Sequence[str] = (),
     quick: bool = True,
     full: bool = False,
     seed: int = 0,
@@ -79,7 +80,8 @@ def audit(
     TOML file that describes Metal kernels; None: the engine's own. framework: of the arrays that it is given, "numpy"
     (the default), "mlx" or "torch". claims: its arithmetic, e.g. {"accumulate": "float32", "intermediate": "input"};
     by default what honest code of the inputs' dtype may do. dtypes: the ones to try, by default float32, float16 and
-    bfloat16. `quick` runs the boundaries, `full` everything crossed. Raises ValueError for bad input.
+    bfloat16. layouts: how operands may lie in memory besides contiguous, by default in every way
+    (audits/frameworks.py). `quick` runs the boundaries, `full` everything crossed. Raises ValueError for bad input.
     """
     return run_audit(
         names,
@@ -88,6 +90,7 @@ def audit(
         device=device,
         claims=claims,
         dtypes=dtypes,
+        layouts=layouts,
         full=full or not quick,
         seed=seed,
     )

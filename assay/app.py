@@ -92,6 +92,9 @@ def audit_command(
         str, typer.Option(help="Its arithmetic, e.g. accumulate=f32,intermediate=input; default: by dtype.")
     ] = "",
     dtype: Annotated[list[str] | None, typer.Option("--dtype", help="Try these alone; repeatable.")] = None,
+    layout: Annotated[
+        list[str] | None, typer.Option("--layout", help="Lay operands out so and contiguous alone; repeatable.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Everything crossed, or the boundaries.")] = False,
     seed: Annotated[int, typer.Option(min=0, help="Draws the operands.")] = 0,
     replay: Annotated[str | None, typer.Option(help="Run one case again: a JSON file, or the JSON itself.")] = None,
@@ -122,6 +125,7 @@ def audit_command(
         device=device,
         claims=read_claims(claims),
         dtypes=dtype or (),
+        layouts=layout or (),
         full=full,
         seed=seed,
     )
@@ -141,12 +145,17 @@ def kernel_check(
     sources: Annotated[list[Path], typer.Argument(help="FILE.metal …")],
     include: Annotated[list[Path] | None, typer.Option("-I", help="Folder of included headers; repeatable.")] = None,
     only: Annotated[str, typer.Option(help="Part of a kernel's name: compile those alone.")] = "",
+    define: Annotated[list[str] | None, typer.Option("-D", help="NAME or NAME=VALUE: a macro; repeatable.")] = None,
+    constant: Annotated[
+        list[str] | None,
+        typer.Option("--constant", help="NAME=VALUE or INDEX=VALUE: a function constant; repeatable."),
+    ] = None,
 ) -> None:
     from audits.listing import check_kernels
 
     failed = 0
     for source in sources:
-        for name, message in check_kernels(source, include or [], only):
+        for name, message in check_kernels(source, include or [], only, define or [], constant or []):
             failed += bool(message.error)
             line(console, f"{'FAIL' if message.error else 'ok'} {name}: {message.error or message.parameters}")
     raise typer.Exit(1 if failed else 0)

@@ -59,6 +59,8 @@ def start(app: typer.Typer) -> NoReturn:
     """Run the command line and exit: errors at the edge become one line and exit code 2."""
     try:
         code = app(standalone_mode=False)
+        if code == INTERRUPTED:  # typer may have made an exit of it
+            raise KeyboardInterrupt
         sys.stdout.flush() if sys.stdout else None
     except BrokenPipeError:
         # The reader (head, less) has enough; the rest of standard output goes nowhere.

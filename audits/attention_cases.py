@@ -81,7 +81,10 @@ def valid(case: Case) -> bool:
         return False  # all queries may see nothing: then nothing can be judged
     # A half intermediate has to hold the score before it is scaled.
     far = case["values"] == "far" and (case["scale"] != 1.0 or case["fill"] in ("lowest", "large", "bias", "mixed"))
-    return not far and not (unseen and case["sinks"] == "none")
+    # bfloat16 has no digits for such scores: the bound would be wider than the values.
+    steep = (case["values"] == "x30" and case["scale"] != "rsqrt") or (case["scale"] == 1.0 and case["D"] > 32)
+    blurred = case["dtype"] == "bfloat16" and steep and case["values"] != "far"
+    return not far and not blurred and not (unseen and case["sinks"] == "none")
 
 
 def value_size(case: Case) -> int:
@@ -127,7 +130,7 @@ def operands(case: Case, rng: np.random.Generator, mask: Array | str | None) -> 
         keep = rng.random(q.shape).argsort(-1) < 2
         q = np.where(keep, q, 0) * 4 / scale
     elif kind == "needle":
-        q = _needles(case, rng, k, mask) * (14 / (scale * D))
+        q = _needles(case, rng, k, mask) * ((14 if S < 10000 else 20) / (scale * D))
     elif kind == "positive":
         q, v = 0.1 * q, np.abs(v) + 0.1
     elif kind == "poisoned":
@@ -160,7 +163,7 @@ def sinks_of(case: Case, rng: np.random.Generator) -> Array | None:
     if kind == "none":
         return None
     noise = rng.standard_normal(heads)
-    values = {"normal": 2 * noise, "large": 9 + 2 * np.abs(noise), "negative": -4 - np.abs(noise)}[kind]
+    values = {"normal": 2 * noise, "large": 7 + 2 * np.abs(noise), "negative": -4 - np.abs(noise)}[kind]
     return np.asarray(values.astype(DTYPES[case["dtype"]]))
 
 

@@ -37,7 +37,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "merge": ("merge",),
 }
 CHECKS = ("visible tokens", "values", "dtype", "offset", "state", "independence", *growth.CHECKS)
-FULL_EXAMPLES = 20  # times as many drawn programs as in a quick audit
+FULL_EXAMPLES = 50  # times as many drawn programs as in a quick audit
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -147,5 +147,5 @@ def _named(ident: int, kind: int, head: int, row: Row, tokens: Tokens) -> tuple[
     if label.position is None:
         return "padding", f"is {where}"
     if label.row == row.name:
-        return "stale token", f"is a {where} that was taken back"
+        return "stale token", f"is {where}, which was taken back"
     return "foreign token", f"is {where}"

@@ -30,9 +30,9 @@ class Rules:
 
 @dataclass
 class Row:
-    """One sequence: its tokens' serials in order, trimmed ones gone. Negative `ahead` is left padding still to come.
+    """One sequence: its tokens' serials in order, trimmed ones gone.
 
-    dropped: tokens that a chunked cache has let go at the front.
+    dropped: how many of them a chunked cache has let go at the front.
     """
 
     name: str

@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 
 from audits.contract import Argument, Call
-from audits.frameworks import FRAMEWORKS, foul_memory, give, take
+from audits.errors import DeviceLost
+from audits.frameworks import FRAMEWORKS, LAYOUTS, foul_memory, give, take
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -32,7 +33,8 @@ class Candidate:
     """A callable and what is known of it.
 
     name: how it can be found again (FILE.py:NAME, or "built-in"). claims: for an input dtype, what it states beyond the
-    contract's default arithmetic. dtypes: the ones to try (none: all). device: of the arrays that a torch candidate is
+    contract's default arithmetic. dtypes: the ones to try (none: all). layouts: how operands may lie in
+    memory. device: of the arrays that a torch candidate is
     given.
     """
 
@@ -41,11 +43,14 @@ class Candidate:
     name: str
     claims: Callable[[str], Mapping[str, str]] = lambda dtype: {}
     dtypes: Sequence[str] = ()
+    layouts: Sequence[str] = LAYOUTS
     device: str | None = None
 
     def __post_init__(self) -> None:
         if self.framework not in FRAMEWORKS:
             raise ValueError(f"no framework {self.framework!r}; there is {', '.join(FRAMEWORKS)}")
+        if unknown := [name for name in self.layouts if name not in LAYOUTS]:
+            raise ValueError(f"no layout {unknown[0]!r}; there is {', '.join(LAYOUTS)}")
         if not callable(self.function):
             raise ValueError(f"{self.name} is a {type(self.function).__name__}, which can't be called")
 
@@ -78,8 +83,11 @@ class Candidate:
         `layouts` says how single operands lie in memory (contiguous unless named).
         """
         layouts = layouts or {}
-        given = {name: self._given(value, layouts.get(name, "contiguous")) for name, value in call.args.items()}
-        foul_memory([x.nbytes for x in _arrays(call.args.values())], self.framework)
+        try:
+            given = {name: self._given(value, layouts.get(name, "contiguous")) for name, value in call.args.items()}
+            foul_memory([x.nbytes for x in _arrays(call.args.values())], self.framework)
+        except RuntimeError as error:  # none of the candidate's code has run yet in this call
+            raise DeviceLost(f"the device is lost: {one_line(error)[:200]}") from error
         by_place = [given[a.name] for a in arguments if a.positional]
         by_name = {a.name: given[a.name] for a in arguments if not a.positional and a.name in given}
         outputs: tuple[Array, ...] = guarded(lambda: _outputs(self.function(*by_place, **by_name)))

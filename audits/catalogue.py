@@ -15,7 +15,7 @@ import audits.contracts as package
 from audits import moe_matmul
 from audits.candidate import Candidate, load, one_line
 from audits.contract import Argument
-from audits.frameworks import DTYPES
+from audits.frameworks import DTYPES, LAYOUTS
 from audits.verdict import Report, Verdict
 from reference.arithmetic import Arithmetic
 
@@ -69,6 +69,7 @@ def audit(
     device: str | None = None,
     claims: Mapping[str, str] | None = None,
     dtypes: str | Sequence[str] = (),
+    layouts: str | Sequence[str] = (),
     full: bool = False,
     seed: int = 0,
     advance: Advance = lambda _: None,
@@ -80,7 +81,13 @@ def audit(
     for name in candidate if isinstance(candidate, Mapping) else ():
         contract(name)
     _check_claims(claims)
-    told = _Told(framework=framework, device=device, claims=claims, dtypes=_checked_dtypes(dtypes))
+    told = _Told(
+        framework=framework,
+        device=device,
+        claims=claims,
+        dtypes=_chosen("dtype", dtypes, DTYPES),
+        layouts=_chosen("layout", layouts, LAYOUTS),
+    )
     verdicts: list[Verdict] = []
     judging = [list(_judges(one, candidate, told)) for one in chosen]  # bad input shows before anything runs
     for i, judges in enumerate(judging):
@@ -93,9 +100,16 @@ class _Told:
     """What the caller says of a candidate."""
 
     def __init__(
-        self, *, framework: str | None, device: str | None, claims: Mapping[str, str] | None, dtypes: tuple[str, ...]
+        self,
+        *,
+        framework: str | None,
+        device: str | None,
+        claims: Mapping[str, str] | None,
+        dtypes: tuple[str, ...] = (),
+        layouts: tuple[str, ...] = (),
     ) -> None:
-        self.framework, self.device, self.claims, self.dtypes = framework, device, dict(claims or {}), dtypes
+        self.framework, self.device, self.claims = framework, device, dict(claims or {})
+        self.dtypes, self.layouts = dtypes, ("contiguous", *layouts) if layouts else LAYOUTS
 
 
 Judging = Callable[[bool, int, Advance], Iterable[Verdict]]
@@ -132,6 +146,7 @@ def _candidate(name: str, given: Any, told: _Told) -> Candidate:
         name=place,
         claims=lambda dtype: told.claims,
         dtypes=told.dtypes,
+        layouts=told.layouts,
         device=told.device if told.framework == "torch" else None,
     )
 
@@ -153,6 +168,7 @@ def _built_in(name: str, told: _Told) -> Candidate:
         name=BUILT_IN,
         claims=lambda dtype: {**claims(name, device, dtype), **told.claims},
         dtypes=told.dtypes,
+        layouts=told.layouts,
     )
 
 
@@ -190,10 +206,10 @@ def _check_claims(claims: Mapping[str, str] | None) -> None:
     Arithmetic.claim("float32", **dict(claims or {}))
 
 
-def _checked_dtypes(dtypes: str | Sequence[str]) -> tuple[str, ...]:
-    chosen = (dtypes,) if isinstance(dtypes, str) else tuple(dtypes)
-    if unknown := [name for name in chosen if name not in DTYPES]:
-        raise ValueError(f"no dtype {unknown[0]!r}; there is {', '.join(DTYPES)}")
+def _chosen(what: str, given: str | Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
+    chosen = (given,) if isinstance(given, str) else tuple(given)
+    if unknown := [name for name in chosen if name not in known]:
+        raise ValueError(f"no {what} {unknown[0]!r}; there is {', '.join(known)}")
     return chosen
 
 
@@ -207,7 +223,7 @@ def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None
     if name == moe_matmul.NAME and "kernel" in case:
         return Report(verdicts=[moe_matmul.replay(case)])
     place = case.get("candidate", BUILT_IN)
-    if candidate is None and place != BUILT_IN and ".py:" not in str(place):
+    if candidate is None and place != BUILT_IN and not (isinstance(place, str) and ".py:" in place):
         raise ValueError(f"{place} was a function of another program: pass it again as candidate")
     told = _Told(
         framework=None if place == BUILT_IN and candidate is None else case.get("framework"),

@@ -94,7 +94,8 @@ class Contract:
     corpus(full): the boundary cases, always run. build: a case's operands. judge: what is wrong with outputs, by
     the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype. forms: ways in which
     candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
-    used. outputs: how many arrays it returns. words: whether None or a name may stand for one. dtype_key: cases of one
+    used. settled: fields that the candidate itself settles, such as a decoder's vocabulary. outputs: how many arrays it
+    returns. words: whether None or a name may stand for one. dtype_key: cases of one
     key have outputs of the same dtypes.
     """
 
@@ -110,6 +111,7 @@ class Contract:
     valid: Callable[[Case], bool] = lambda case: True
     claims: Callable[[str], Mapping[str, str]] = lambda dtype: default_claims(dtype)
     forms: Sequence[Case] = ({},)
+    settled: Callable[[Candidate], Case] = lambda candidate: {}
     outputs: Sequence[int] = (1,)
     words: bool = False
     dtype_key: Callable[[Case], str] = lambda case: str(case["dtype"])

@@ -19,11 +19,15 @@ from audits.candidate import Candidate, CandidateError, guarded
 from audits.frameworks import give, take
 
 VOCABULARY = 32  # ids below this are used where a decoder doesn't say how many it has
+DRAFTED = 7  # ids below this are drafted
 
 
 def vocabulary(candidate: Candidate) -> int:
-    """How many ids the decoder takes."""
-    return int(getattr(candidate.function, "vocab_size", VOCABULARY))
+    """How many ids the decoder takes; ValueError if it says what is no such number."""
+    told = getattr(candidate.function, "vocab_size", VOCABULARY)
+    if not isinstance(told, int) or told < DRAFTED:
+        raise ValueError(f"{candidate.name} has a vocab_size of {told!r}; an integer from {DRAFTED} on is expected")
+    return told
 
 
 def adapted(candidate: Candidate) -> Candidate:
@@ -69,7 +73,7 @@ def _session(decoder: Any, make: Any, framework: str) -> Callable[..., Any]:
         parts, at = [], 0
         for n in chunks or (tokens.shape[1],):
             if draft is not None and at == draft:
-                wrong = give(((take(tokens[:, :3]) + 1) % 7).astype(np.int32), framework)
+                wrong = give(((take(tokens[:, :3]) + 1) % DRAFTED).astype(np.int32), framework)
                 decoder(wrong, cache=cache)
                 for one in _layers(cache):
                     one.trim(wrong.shape[1])

@@ -179,6 +179,7 @@ def _active() -> int:
     import mlx.core as mx
 
     gc.collect()
+    mx.synchronize()  # a GPU frees what it has finished with
     return int(mx.get_active_memory())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -52,9 +53,17 @@ class Checked:
     error: str = ""
 
 
-def check_kernels(source: Path, include_dirs: Sequence[Path], only: str) -> Iterator[tuple[str, Checked]]:
-    """Compile every kernel of `source` whose name holds `only`, in checked mode; name and outcome of each."""
-    library = compile_metal(source, checked=True, include_dirs=include_dirs)
+def check_kernels(
+    source: Path, include_dirs: Sequence[Path], only: str, defines: Sequence[str], constants: Sequence[str]
+) -> Iterator[tuple[str, Checked]]:
+    """Compile every kernel of `source` whose name holds `only`, in checked mode; name and outcome of each.
+
+    `defines` are NAME or NAME=VALUE, `constants` NAME=VALUE or INDEX=VALUE. Raises ValueError for others.
+    """
+    macros = {name: value if equals else None for name, equals, value in (word.partition("=") for word in defines)}
+    library = compile_metal(
+        source, checked=True, include_dirs=include_dirs, defines=macros, constants=dict(map(_constant, constants))
+    )
     for name in library.kernels:
         if only in name:
             try:
@@ -64,6 +73,23 @@ def check_kernels(source: Path, include_dirs: Sequence[Path], only: str) -> Iter
                 yield name, Checked(parameters=told or "no arguments")
             except MetalError as error:
                 yield name, Checked(error=" ".join(str(error).split()))
+
+
+def _constant(word: str) -> tuple[int | str, object]:
+    """The name or index of a function constant and its value: true, false, a number, or numbers with commas (int2)."""
+    name, _, text = (part.strip() for part in word.partition("="))
+    try:
+        value: object = {"true": True, "false": False}.get(text)
+        if value is None:
+            value = ast.literal_eval(text)
+        parts = value if isinstance(value, tuple) else (value,)
+        if not name or not all(isinstance(part, (int, float)) for part in parts):
+            raise ValueError
+    except (ValueError, SyntaxError):
+        raise ValueError(
+            f"--constant {word!r} is no NAME=VALUE or INDEX=VALUE, such as has_mask=true, 600=2 or 3=0.5"
+        ) from None
+    return int(name) if name.isdecimal() else name, value
 
 
 def _first_line(thing: Any) -> str:

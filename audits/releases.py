@@ -51,7 +51,9 @@ def judge(folder: Path, names: tuple[str, ...] = tuple(CLASSES), *, shrinking: b
         chosen = contract(name)
         assert isinstance(chosen, CacheContract)
         candidate = Candidate(function=_masked(made, base), framework="mlx", name=f"mlx-lm {folder.name}")
-        passed, failed, skipped = 0, {}, []
+        passed = 0
+        failed: dict[str, tuple[int, Verdict]] = {}
+        skipped: list[str] = []
         for verdict in chosen.audit(candidate, shrinking=shrinking):
             if verdict.outcome == "fail":
                 check = str(verdict.evidence["check"])

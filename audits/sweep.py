@@ -6,21 +6,20 @@ verdict's case is all that is needed to run it again, bit for bit: `replay`.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from audits.candidate import Candidate, CandidateError, ChangedInput
-from audits.contract import Array, Call, Contract, Finding, Outputs, Relation, Run
+from audits.contract import Call, Contract, Finding, Outputs, Relation, Run
 from audits.domain import Case, filled, shrink, strategy
-from audits.errors import CannotJudge
+from audits.errors import CannotJudge, DeviceLost
 from audits.frameworks import DTYPES, LAYOUTS
+from audits.outputs import NO_ARRAY, digest_of, malformed
 from audits.verdict import Verdict
 from reference.arithmetic import Arithmetic
 
@@ -28,11 +27,19 @@ Advance = Callable[[str], None]
 FULL_EXAMPLES = 25  # times as many drawn cases as in a quick run
 # A relation is a field of the case, so that a failure of it replays; "" is the comparison with the reference.
 VALUES = ""
+# What else a verdict's case holds, besides the fields of the domain.
+RECORDED = ("contract", "candidate", "framework", "claims", "relation", "output_dtypes")
 PAIR = "after "  # the relation "after N": the same values as when base case N has just run
 
 
-# NumPy's kinds for None and for text, which a candidate may return in place of an array ("causal").
-NO_ARRAY = "OU"
+def _rerun(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
+    for i in range(2):
+        if digest_of(run(call)) != digest_of(outputs):
+            return f"run {i + 2} of the same call gives other bits than the first"
+    return None
+
+
+COMMON = (Relation(name="rerun", check=_rerun),)
 
 
 class _Lacking(Exception):
@@ -69,6 +76,7 @@ class Sweep:
     def __post_init__(self) -> None:
         self.candidate = self.contract.adapt(self.candidate)
         self.lacking = self.candidate.lacks(self.contract.arguments)
+        self.form = {**self.contract.settled(self.candidate), **self.contract.forms[0]}
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts: first what is left out and why, then the corpus, the relations and the drawn cases."""
@@ -78,9 +86,10 @@ class Sweep:
         if not wanted:
             return
         found = (f for f in self.contract.forms if any(self._takes(f, dtype) for dtype in wanted))
-        self.form = next(found, self.contract.forms[0])
-        if self.form != self.contract.forms[0]:
-            told = ", ".join(f"{name}={value}" for name, value in self.form.items())
+        form = next(found, self.contract.forms[0])
+        if form != self.contract.forms[0]:
+            self.form = {**self.form, **form}
+            told = ", ".join(f"{name}={value}" for name, value in form.items())
             yield self._verdict("skipped", {}, f"the candidate takes its operands with {told} alone")
         for dtype in wanted:
             reason = self._refuses(dtype)
@@ -97,7 +106,11 @@ class Sweep:
             return
         for case in self._cases(self.taken, full=full, seed=seed):
             advance(f"{self.contract.name} {case['dtype']} {case['relation'] or 'values'}")
-            yield self.verdict(case)
+            try:
+                yield self.verdict(case)
+            except DeviceLost as error:
+                yield self._verdict("could-not-judge", case, f"{error}; nothing is judged from here on")
+                return
 
     @property
     def _plainest(self) -> Case:
@@ -125,7 +138,7 @@ class Sweep:
     def _takes(self, form: Case, dtype: str) -> bool:
         """Whether the candidate takes the plainest case in this form without raising."""
         try:
-            self._outputs(filled(self.contract.domain, {**self._plainest, **form, "dtype": dtype}))
+            self._outputs(filled(self.contract.domain, {**self._plainest, **self.form, **form, "dtype": dtype}))
         except ChangedInput:
             return True
         except CandidateError:
@@ -145,6 +158,8 @@ class Sweep:
             case |= self.form
             key = repr(sorted(case.items(), key=str))
             if key in seen or not self.contract.valid(case) or self._needs_what_lacks(case):
+                continue
+            if case["layout"] not in self.candidate.layouts:
                 continue
             seen.add(key)
             yield case
@@ -180,6 +195,8 @@ class Sweep:
 
     def _drawn(self, dtypes: Sequence[str], count: int, seed: int) -> Iterator[dict[str, Any]]:
         """What Hypothesis draws from the domain; collected first, so that it sees no failure and shrinks nothing."""
+        if not count:
+            return
         found: list[dict[str, Any]] = []
         cases = strategy(self.contract.domain, lambda case: case["dtype"] in dtypes and self.contract.valid(case))
 
@@ -196,8 +213,7 @@ class Sweep:
         def collect(case: dict[str, Any]) -> None:
             found.append({**case, "relation": VALUES})
 
-        if count:
-            collect()
+        collect()
         yield from found
 
     def _needs_what_lacks(self, case: Case) -> bool:
@@ -216,7 +232,10 @@ class Sweep:
         if not self.shrinking or finding.check in self.shrunk:
             return self._failed(case, finding, digest)
         self.shrunk.add(finding.check)
-        return self._smallest(case, finding.check)
+        try:
+            return self._smallest(case, finding.check)
+        except DeviceLost:
+            return self._failed(case, finding, digest)
 
     def _smallest(self, case: Case, check: str) -> Verdict:
         """The verdict of the smallest case found that still fails `check`."""
@@ -265,12 +284,12 @@ class Sweep:
         try:
             if case["relation"].startswith(PAIR):
                 before = self.contract.bases[int(case["relation"].removeprefix(PAIR))]
-                same = {name: case[name] for name in ("dtype", *self.contract.forms[0])}
+                same = {name: case[name] for name in ("dtype", *self.form)}
                 self._outputs(filled(self.contract.domain, {**before, **same}))
             outputs = self._outputs(case)
-            digest = _digest(outputs)
-            if malformed := _malformed(outputs, self.contract):
-                return malformed, digest
+            digest = digest_of(outputs)
+            if wrong := malformed(outputs, self.contract):
+                return wrong, digest
             if case["relation"] == VALUES or case["relation"].startswith(PAIR):
                 judged = self.contract.judge(call, outputs, self.arithmetic(case))
                 return self._dtype_finding(case, outputs) or judged, digest
@@ -287,12 +306,12 @@ class Sweep:
         run.told.append((call, outputs))
         try:
             problem = relation.check(run, call, outputs, case)
-        except (CandidateError, CannotJudge, _Lacking):
+        except (CandidateError, CannotJudge, DeviceLost, _Lacking):
             raise
         except Exception:
             # Relations take the outputs for what is due. One that isn't is found here; else the error is ours.
             for asked, given in run.told:
-                finding = _malformed(given, self.contract) or self.contract.judge(asked, given, run.arithmetic)
+                finding = malformed(given, self.contract) or self.contract.judge(asked, given, run.arithmetic)
                 if finding is not None:
                     return finding
             raise
@@ -337,22 +356,9 @@ class Sweep:
         return Verdict(outcome=outcome, audit=self.contract.name, case=recorded, message=message, evidence=evidence)
 
 
-def _malformed(outputs: Outputs, contract: Contract) -> Finding | None:
-    """A result that is no array, or not as many as the contract says."""
-    if len(outputs) not in contract.outputs:
-        due = " or ".join(map(str, contract.outputs))
-        return Finding(check="shape", message=f"returns {len(outputs)} arrays; {due} expected")
-    for x in outputs:
-        if contract.words and x.dtype.kind in NO_ARRAY and x.ndim == 0:
-            continue
-        if x.dtype.kind not in "fiub" and x.dtype != ml_dtypes.bfloat16:
-            return Finding(check="shape", message=f"returns {x.dtype}, which is no array of numbers")
-    return None
-
-
 def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) -> Verdict:
     """Run the one case that a verdict recorded; ValueError for what is no case of the contract."""
-    known = {name: case[name] for name in contract.domain if name in case}
+    known = {name: value for name, value in case.items() if name not in RECORDED}
     relation = case.get("relation", VALUES)
     relations = [r.name for r in (*COMMON, *contract.relations)]
     if relation not in (VALUES, *relations, *(f"{PAIR}{i}" for i in range(len(contract.bases)))):
@@ -378,27 +384,3 @@ def _buildable(contract: Contract, case: Case) -> bool:
         return contract.valid(case) and bool(contract.build(case).args)
     except (ValueError, TypeError, LookupError, ArithmeticError):
         return False
-
-
-def _digest(outputs: Outputs) -> str:
-    """A short hash of the outputs' dtypes, shapes and bytes: two runs that agree in it agree bit for bit."""
-    state = hashlib.sha256()
-    for x in outputs:
-        state.update(f"{x.dtype}{x.shape}".encode())
-        state.update(repr(x).encode() if x.dtype.kind in NO_ARRAY else np.ascontiguousarray(x).tobytes())
-    return state.hexdigest()[:16]
-
-
-def _rerun(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
-    for i in range(2):
-        if _digest(run(call)) != _digest(outputs):
-            return f"run {i + 2} of the same call gives other bits than the first"
-    return None
-
-
-def equal_bits(actual: Array, expected: Array) -> bool:
-    """Whether two arrays agree in shape, dtype and every bit."""
-    return actual.shape == expected.shape and actual.dtype == expected.dtype and actual.tobytes() == expected.tobytes()
-
-
-COMMON = (Relation(name="rerun", check=_rerun),)

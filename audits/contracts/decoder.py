@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 from audits.contract import Array, Call, Contract, Finding, Outputs, Relation, Run
-from audits.decoding import VOCABULARY, adapted
+from audits.decoding import VOCABULARY, adapted, vocabulary
 from audits.domain import Case, Choice, Range
 from reference.arithmetic import Arithmetic
 
@@ -167,6 +167,7 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     adapt=adapted,
+    settled=lambda candidate: {"V": vocabulary(candidate)},
     examples=6,
     relations=[
         Relation(name="prefill equals decode", check=_routes(lambda L: [1] * L), needs=("chunks",)),

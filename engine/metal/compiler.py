@@ -42,9 +42,10 @@ _METAL_HEADERS = (
 )  # fmt: skip
 # __METAL_VERSION__ 320: Metal 3.2, the first version with every feature that the shim has.
 _PREDEFINED = ("-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1", "-D__METAL_MACOS__=1")
+# Metal's char is signed; that of Linux on ARM is not.
 _COMMON = (
     "-std=gnu++20", "-O2", "-w", "-fno-sanitize=undefined", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",
-    "-fwrapv", "-fno-finite-loops", "-fno-delete-null-pointer-checks",
+    "-fsigned-char", "-fwrapv", "-fno-finite-loops", "-fno-delete-null-pointer-checks",
     "-fno-omit-frame-pointer", "-mno-omit-leaf-frame-pointer", "-fno-stack-protector", "-gline-tables-only",
     "-fdebug-compilation-dir=.",
 )  # fmt: skip

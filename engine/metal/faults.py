@@ -22,6 +22,7 @@ KINDS = (
 _SPACES = ("device", "constant", "threadgroup", None)
 _NO_BUFFER = -(2**31)
 _GUESSED = 1  # FaultRecord.op of an access whose buffer isn't certain (host/worker.h)
+_SIMD_WIDTH = 32  # kSimdWidth of host/runtime.h
 _OPS = (
     "a simd reduction", "a simd prefix operation", "a simd vote", "simd_broadcast_first", "a simd shuffle",
     "simd_broadcast", "a quad operation", "simdgroup_barrier", "a simdgroup matrix operation", "a simdgroup async copy",
@@ -90,6 +91,8 @@ def read(record: FaultRecord, launched: Launched) -> Fault | None:
         message += (
             f" ({other.file}:{other.line})" if place is None or other.file != place.file else f" (line {other.line})"
         )
+    if kind == "race":
+        message += _lockstep(record)
     if kind.startswith("out-of-bounds") and record.bound == 0 and record.buffer >= 0 and space != "threadgroup":
         message += " (it isn't bound)" if record.buffer in launched.unbound else ""
     if record.buffer < 0:
@@ -136,6 +139,16 @@ def _continues(fault: Fault, other: Fault) -> bool:
     assert fault.offset is not None and other.offset is not None and other.size is not None  # for the type checker
     inside = other.offset <= fault.offset <= other.offset + other.size
     return inside and all(getattr(fault, name) == getattr(other, name) for name in named + parties)
+
+
+def _lockstep(record: FaultRecord) -> str:
+    """What to say of a race between two lanes of one simdgroup."""
+    simdgroup = record.thread // _SIMD_WIDTH
+    if record.other_thread < 0 or record.other_threadgroup != record.threadgroup:
+        return ""
+    if record.other_thread // _SIMD_WIDTH != simdgroup:
+        return ""
+    return f"; both threads are of simdgroup {simdgroup}: a kernel that relies on lockstep needs a simdgroup_barrier"
 
 
 def _at(place: Place | None, before: str) -> str:

@@ -333,3 +333,35 @@ def test_doctor_and_list(assay) -> None:
     assert code == 0
     assert "golden verify" in out
     assert "attention" in out
+
+
+CONFIGURED = """constant int rows [[function_constant(3)]];
+constant bool masked [[function_constant(4)]];
+#ifndef GATE
+#error GATE is not defined
+#endif
+kernel void scaled(device float * x [[buffer(2)]]) { x[0] = masked ? FACTOR : rows; }
+"""
+
+
+def test_kernel_check_takes_macros_and_function_constants(assay, tmp_path: Path) -> None:
+    source = tmp_path / "configured.metal"
+    source.write_text(CONFIGURED)
+    macros = ["kernel", "check", source, "-D", "GATE", "-D", "FACTOR=(2 + 1)"]
+    code, out, err = assay(*macros, "--constant", "3=8", "--constant", "masked=true")
+    assert (code, out) == (0, "ok scaled: buffer(2) x\n"), err
+    code, out, _ = assay(*macros, "--constant", "rows=0x10")
+    assert code == 1
+    assert "FAIL scaled" in out and "'masked'" in out
+    code, _, err = assay("kernel", "check", source)
+    assert code != 0
+    assert "GATE is not defined" in err
+
+
+@pytest.mark.parametrize("constant", ["rows", "rows=", "=3", "rows=many", "rows=[1]", "height=3"])
+def test_kernel_check_refuses_constants_that_are_none(assay, tmp_path: Path, constant: str) -> None:
+    source = tmp_path / "configured.metal"
+    source.write_text(CONFIGURED)
+    code, _, err = assay("kernel", "check", source, "-D", "GATE", "-D", "FACTOR=1", "--constant", constant)
+    assert code == 2
+    assert constant.partition("=")[0] in err and "constant" in err

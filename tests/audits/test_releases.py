@@ -50,9 +50,7 @@ def made_up(folder: Path, cache: str) -> Path:
     return folder
 
 
-def test_a_release_is_judged_and_leaves_no_module_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_release_is_judged_and_leaves_no_module_behind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = (BASES / "kv_cache" / "mlx_buffer.py").read_text()
     good = made_up(tmp_path / "1.0", text)
     bad = made_up(tmp_path / "1.1", text.replace("if n == 1 and window_size is None:", "if n == 1:"))

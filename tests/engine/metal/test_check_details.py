@@ -196,6 +196,18 @@ def test_messages_say_who_did_what_where_and_with_whom() -> None:
     assert "race with the write by thread (1, 0, 0): no barrier with mem_threadgroup in between" in fault.message
     assert (fault.thread, fault.other_thread, fault.threadgroup) == ((0, 0, 0), (1, 0, 0), (0, 0, 0))
     assert (fault.address_space, fault.buffer, fault.offset, fault.size) == ("threadgroup", 0, 4, 4)
+    assert f" (line {line - 2}); both threads are of simdgroup 0: a kernel that relies on lockstep" in fault.message
+
+
+def test_a_race_between_simdgroups_is_not_said_to_be_within_one() -> None:
+    text = """kernel void k(device float * out, threadgroup float * s [[threadgroup(0)]],
+                            uint i [[thread_index_in_threadgroup]]) { s[i] = i; out[i] = s[i ^ FLIP]; }"""
+    for flip, of_one in ((32, False), (1, True)):
+        kernel = compile_metal(text, checked=True, defines={"FLIP": flip})["k"]
+        memory, out = {0: 256}, np.zeros(64, np.float32)
+        faults = kernel.launch({0: out}, threads=64, threadgroups=1, threadgroup_memory=memory, poison=False).faults
+        raced = {"lockstep" in fault.message for fault in faults if fault.kind == "race"}
+        assert raced == {of_one}
 
 
 def test_a_line_is_reported_once_and_64_lines_at_most() -> None:

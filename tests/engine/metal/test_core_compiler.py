@@ -1,5 +1,6 @@
 """Which compiler is asked, and that its answer is its own: ASSAY_CXX."""
 
+import ctypes
 import shlex
 import sys
 from pathlib import Path
@@ -87,3 +88,11 @@ def test_a_clang_of_ones_own_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) ->
     p = np.zeros(1, np.int32)
     compile(TEXT)["f"].launch({0: p}, threads=1, threadgroups=1)
     assert p[0] == 41
+
+
+def test_char_is_signed_wherever_the_compiler_has_it_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ASSAY_CXX", ZIG + " -funsigned-char")
+    exported = 'extern "C" __attribute__((visibility("default")))'
+    text = f"using namespace metal;\n{exported} int f(int bits) {{ return char(bits); }}\n"
+    function = ctypes.CDLL(str(compiler.module(text, checked=False))).f
+    assert function(255) == -1

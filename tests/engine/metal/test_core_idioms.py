@@ -52,6 +52,23 @@ kernel void kernel_get_rows_q(
 typedef decltype(kernel_get_rows_q<block_q4_0, 2, dequantize_q4_0>) get_rows_q_t;
 template [[host_name("kernel_get_rows_q4_0")]] kernel get_rows_q_t kernel_get_rows_q<block_q4_0, 2, dequantize_q4_0>;
 
+// What another thread has written is read anew, as a vector and by element.
+kernel void kernel_reload(
+        device const float4 * x,
+        device float * out,
+        threadgroup volatile float * row [[threadgroup(0)]],
+        ushort i [[thread_position_in_threadgroup]]) {
+    volatile device float4 * staged = (volatile device float4 *) out;
+    staged[i] = x[i];
+    row[i] = staged[i].y;
+    threadgroup_barrier(mem_flags::mem_device_and_threadgroup);
+    const float4 r = *((device volatile const float4 *) (out + 4*(1 - i))) * 2.0f + x[i];
+    const float sum = r.x + r.w + row[1 - i];
+    threadgroup_barrier(mem_flags::mem_device);
+    staged[i] = 0.0f;
+    staged[i].z = sum;
+}
+
 kernel void kernel_shmem(constant kargs & args, device const char * src, device char * dst,
   threadgroup char * shmem [[threadgroup(0)]], uint3 tgpig[[threadgroup_position_in_grid]],
   ushort sgitg[[simdgroup_index_in_threadgroup]], ushort tiisg[[thread_index_in_simdgroup]]) {
@@ -97,4 +114,16 @@ def test_typed_views_of_one_threadgroup_allocation(lib: Library) -> None:
     )
     table = np.array([0, 0.5, 1, 1.5]) + 7
     np.testing.assert_array_equal(out, (31 - np.arange(32))[:, None] + table[::-1])
+    assert run.faults == ()
+
+
+def test_volatile_vectors(lib: Library) -> None:
+    x = np.arange(8, dtype=np.float32).reshape(2, 4)
+    out = np.empty_like(x)
+    run = lib["kernel_reload"].launch(
+        {0: x, 1: out.reshape(-1)}, threadgroups=1, threads=2, threadgroup_memory={0: 16}, outputs=(1,)
+    )
+    swapped = x[::-1]
+    sums = 2 * (swapped[:, 0] + swapped[:, 3]) + x[:, 0] + x[:, 3] + swapped[:, 1]
+    np.testing.assert_array_equal(out, np.stack([0 * sums, 0 * sums, sums, 0 * sums], -1))
     assert run.faults == ()

@@ -119,6 +119,42 @@ static void matrices() {
   CHECK(filled[3][1] == 13 && filled[2].y == 0 && filled[2].z == 10 && sizeof(half2x3) == 16 && sizeof(float3x3) == 48);
 }
 
+union Both { float4 f; uint4 u; };
+
+// What is volatile is read and assigned like the rest, by component and as a whole.
+static void volatiles() {
+  alignas(16) static float memory[8] = {1, 2, 3, 4, 5, 6, 7, 8};
+  volatile float4* v = reinterpret_cast<volatile float4*>(memory);
+  const volatile float4* c = v;
+  CHECK(same(float4(c[0]), float4(1, 2, 3, 4)) && same(c[0] * 2.0f + c[1], float4(7, 10, 13, 16)) && same(c->wx(), float2(4, 1)));
+  CHECK(c[1].y == 6 && c[1][3] == 8 && same(half4(c[0]), half4(1, 2, 3, 4)) && same(-c[0], float4(-1, -2, -3, -4)));
+  CHECK(same(fmax(c[0], 3.0f), float4(3, 3, 3, 4)) && dot(c[0], c[1]) == 70 && same(float4(c->xy(), c[1].xy()), float4(1, 2, 5, 6)));
+  float4 sum = c[0];
+  sum += c[1];
+  v[0] = sum;
+  v[1] = 3;
+  CHECK(memory[0] == 6 && memory[3] == 12 && memory[4] == 3 && memory[7] == 3);
+  v[1] = v[0];
+  v[1] += 1;
+  v[0].x = 9;
+  v[0][1] = 10;
+  CHECK(memory[4] == 7 && memory[7] == 13 && memory[0] == 9 && memory[1] == 10);
+  volatile packed_float3* p = reinterpret_cast<volatile packed_float3*>(memory + 1);
+  const float3 packed = p[0];
+  p[1] = packed;
+  CHECK(same(packed, float3(10, 10, 12)) && memory[4] == 10 && memory[6] == 12);
+  volatile bfloat b = bfloat(2.0f);
+  const bfloat copy = b;
+  b = copy + 1;
+  CHECK(copy == bfloat(2.0f) && b * 2.0f == 6 && max(b, copy) == bfloat(3.0f));
+  volatile float s = 2;
+  CHECK(max(s, 3.0f) == 3 && exp(s) == exp(2.0f) && same(float2(1) * s, float2(2)));
+  Both first;  // a union of vectors can still be copied
+  first.f = c[0];
+  const Both second = first;
+  CHECK(second.u.x == as_type<uint>(9.0f));
+}
+
 static void arrays_and_packing() {
   metal::array<int, 3> a = {{1, 2, 3}};
   a[1] = 5;
@@ -133,7 +169,7 @@ EXPORT int failures(int* lines) {
   failed = 0;
   sizes<bool>(), sizes<char>(), sizes<uchar>(), sizes<short>(), sizes<ushort>(), sizes<int>(), sizes<uint>();
   sizes<long>(), sizes<ulong>(), sizes<half>(), sizes<bfloat>(), sizes<float>();
-  constructors(), swizzles(), operators(), scalars(), matrices(), arrays_and_packing();
+  constructors(), swizzles(), operators(), scalars(), matrices(), volatiles(), arrays_and_packing();
   for (int i = 0; i < failed && i < 64; ++i) lines[i] = failing[i];
   return failed;
 }

@@ -1,0 +1,230 @@
+"""`assay audit` on somebody's file: exit codes, what is printed where, what is written, and replays."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from junitparser import JUnitXml
+
+from assay import cli
+
+HONEST = """
+import numpy as np
+
+print("loading weights")
+
+def softmax(x):
+    print("a candidate may print")
+    y = np.exp((x - x.max(-1, keepdims=True)).astype(np.float32))
+    return (y / y.sum(-1, keepdims=True)).astype(x.dtype)
+"""
+WRONG = HONEST.replace("    return (", "    y[..., 40:] = 0\n    return (")
+STRANGERS = """
+import sys
+
+def raising(x):
+    raise RuntimeError("no such \\x1b[31m kernel")
+
+def exiting(x):
+    sys.exit(0)
+
+def interrupted(x):
+    raise KeyboardInterrupt
+
+def pairs(x, y):
+    return x
+
+def promoting(x):
+    import numpy as np
+    y = np.exp((x - x.max(-1, keepdims=True)).astype(np.float32))
+    y = y / y.sum(-1, keepdims=True)
+    return y if x.shape[-1] < 40 else y.astype(x.dtype)
+
+calls = 0
+
+def changing(x):
+    import numpy as np
+    global calls
+    calls += 1
+    return np.nextafter(promoting(x), np.float32(calls % 2))
+
+number = 3
+"""
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def audit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Run `assay audit ARGUMENTS` in an empty folder with mine.py; returns (exit code, standard output, error)."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(HONEST, encoding="utf-8")
+    (tmp_path / "strangers.py").write_text(STRANGERS, encoding="utf-8")
+
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["assay", "audit", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        out, err = capfd.readouterr()
+        return int(stop.value.code or 0), out, err
+
+    return run
+
+
+FLOAT32 = ("--dtype", "float32")
+
+
+def one_line(err: str) -> str:
+    (line,) = [text for text in err.splitlines() if not text.startswith("…")]
+    assert line.startswith("assay: ")
+    return line
+
+
+def left() -> set[str]:
+    return {path.name for path in Path().iterdir()} - {"mine.py", "strangers.py", "__pycache__", ".hypothesis"}
+
+
+def test_an_honest_candidate_passes_and_leaves_nothing_behind(audit: Run) -> None:
+    code, out, err = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32)
+    assert code == 0, out + err
+    assert "pass" in out
+    assert ", 0 failed, 0 could not be judged" in out
+    assert "… audit: " in err, "progress goes to standard error"
+    assert "a candidate may print" in err
+    assert "loading weights" in err
+    assert left() == set()
+
+
+def test_a_failure_exits_1_and_its_replay_does_too_until_it_is_mended(audit: Run) -> None:
+    Path("mine.py").write_text(WRONG, encoding="utf-8")
+    code, out, _ = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32)
+    assert code == 1
+    assert left() == {"assay-failures"}
+    told = next(text for text in out.splitlines() if text.startswith("FAIL softmax"))
+    command = next(text for text in out.splitlines() if "replay: " in text).partition("replay: ")[2]
+    _, _, *arguments = shlex.split(command)
+    code, again, _ = audit(*arguments)
+    assert code == 1
+    assert told in again
+    Path("mine.py").write_text(HONEST, encoding="utf-8")
+    code, again, _ = audit(*arguments)
+    assert code == 0, again
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype", "check"), [("promoting", "float16", "dtype"), ("changing", "float32", "rerun")]
+)
+def test_what_depends_on_other_runs_replays_too(audit: Run, name: str, dtype: str, check: str) -> None:
+    code, _, _ = audit("softmax", "--candidate", f"strangers.py:{name}", "--dtype", dtype, "--failures", "found")
+    assert code == 1
+    assert left() == {"found"}
+    (stored,) = Path("found").glob(f"softmax-{check}-*.json")
+    body = json.loads(stored.read_text())
+    assert body["evidence"]["check"] == check
+    code, again, _ = audit("--replay", stored, "--failures", "found")
+    assert code == 1
+    assert body["message"] in again
+    code, again, _ = audit("--replay", json.dumps(body["case"]), "--failures", "found")
+    assert code == 1
+    assert f"FAIL softmax [{check}]" in again
+
+
+def test_a_candidate_that_always_raises_fails(audit: Run) -> None:
+    for name, told in (("raising", "raised RuntimeError: no such ?[31m kernel"), ("exiting", "raised SystemExit: 0")):
+        code, out, err = audit("softmax", "--candidate", f"strangers.py:{name}")
+        assert code == 1, err
+        assert told in out
+        assert "Traceback" not in out + err
+
+
+def test_an_interrupt_exits_130_and_leaves_nothing_half_written(audit: Run) -> None:
+    code, _, err = audit("softmax", "--candidate", "strangers.py:interrupted", "--json", "r.json", "--html", "r.html")
+    assert code == 130
+    assert "interrupted" in one_line(err)
+    assert left() == set()
+
+
+def test_every_format_is_written(audit: Run) -> None:
+    Path("mine.py").write_text(WRONG, encoding="utf-8")
+    kinds = ("json", "junit", "sarif", "html")
+    reports = [word for kind in kinds for word in (f"--{kind}", f"report.{kind}")]
+    code, _, _ = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32, *reports)
+    assert code == 1
+    verdicts = json.loads(Path("report.json").read_text())["verdicts"]
+    failed = sum(verdict["outcome"] == "fail" for verdict in verdicts)
+    xml = JUnitXml.fromfile("report.junit")
+    assert (xml.tests, xml.failures) == (len(verdicts), failed)
+    (run,) = json.loads(Path("report.sarif").read_text())["runs"]
+    assert len(run["results"]) == failed
+    assert run["results"][0]["locations"][0]["physicalLocation"]["artifactLocation"]["uri"] == "mine.py"
+    assert Path("report.html").read_text().count('<td class="fail">fail</td>') == failed + 1, "one more in the table"
+
+
+@pytest.mark.parametrize("kind", ["json", "junit", "sarif", "html"])
+def test_a_report_on_standard_output_is_only_that(audit: Run, kind: str) -> None:
+    code, out, err = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32, f"--{kind}", "-")
+    assert code == 0
+    assert out.lstrip()[0] == {"json": "{", "sarif": "{"}.get(kind, "<")
+    if kind in ("json", "sarif"):
+        json.loads(out)
+    assert "a candidate may print" not in out
+    assert ", 0 failed, 0 could not be judged" in err
+
+
+def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
+    arguments = ("--framework", "numpy", "--claims", "accumulate=f16,intermediate=input", "--dtype", "float16")
+    code, out, _ = audit("softmax", "--candidate", "mine.py:softmax", *arguments, "--json", "-")
+    assert code == 2, "a sum of 32769 terms in float16 says nothing"
+    body = json.loads(out)
+    assert {verdict["outcome"] for verdict in body["verdicts"]} == {"pass", "could-not-judge"}
+    assert body["verdicts"][0]["case"]["claims"] == {"accumulate": "float16", "intermediate": "input"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["softmaxx"], "no contract 'softmaxx'; there is "),
+        (["softmax", "--candidate", "none.py:f"], "there is no file none.py"),
+        (["softmax", "--candidate", "mine.py"], "FILE.py:NAME is expected"),
+        (["softmax", "--candidate", "mine.py:f"], "defines no 'f'"),
+        (["softmax", "--candidate", "strangers.py:number"], "which can't be called"),
+        (["softmax", "--candidate", "strangers.py:pairs", "--framework", "jax"], "no framework 'jax'"),
+        (["rope", "--candidate", "strangers.py:raising"], "takes no argument 'dims'"),
+        (["--candidate", "mine.py:softmax"], "name the contract"),
+        (["softmax", "--candidate", "mine.py:softmax", "--dtype", "float8"], "no dtype 'float8'"),
+        (["softmax", "--candidate", "mine.py:softmax", "--claims", "accumulate"], "NAME=DTYPE,… is expected"),
+        (["softmax", "--candidate", "mine.py:softmax", "--claims", "sum=f32"], "no claim 'sum'"),
+        (["softmax", "--candidate", "mine.py:softmax", "--claims", "accumulate=f8"], "is no dtype"),
+        (["softmax", "--framework", "torch"], "the engine's own softmax is in mlx"),
+        (["softmax", "--candidate", "mine.py:softmax", "--html", "nowhere/r.html"], "--html nowhere/r.html: nowhere"),
+        (["softmax", "--candidate", "mine.py:softmax", "--junit", "."], "--junit .: it can't be written to"),
+        (["softmax", "--candidate", "mine.py:softmax", "--failures", "mine.py"], "mine.py is no folder"),
+        (["softmax", "--candidate", "mine.py:softmax", "--failures", "mine.py/x"], "mine.py is no folder"),
+        (["softmax", "--candidate", "mine.py:softmax", "--json", "-", "--html", "-"], "--json and --html can't share"),
+        (["--replay", "none.json"], "--replay takes a JSON file, or the JSON itself"),
+        (["--replay", "mine.py"], "--replay takes a JSON file, or the JSON itself"),
+        (["--replay", "{"], "--replay takes a JSON file, or the JSON itself"),
+        (["--replay", "{}"], 'a case to replay has a "contract"'),
+        (["--replay", '{"contract": "softmaxx"}'], "this one has 'softmaxx'"),
+        (["--replay", '{"contract": "softmax", "candidate": "mine.py:softmax", "S": "3"}'], "S can't be '3'"),
+        (["--replay", '{"contract": "softmax", "candidate": "mine.py:softmax", "seed": NaN}'], "seed can't be nan"),
+        (["--replay", '{"contract": "softmax", "candidate": "none.py:f"}'], "there is no file none.py"),
+        (["--replay", '{"contract": "softmax", "candidate": "__main__:f"}'], "pass it again as candidate"),
+        (["--replay", '{"contract": "softmax", "candidate": "mine.py:softmax", "framework": 3}'], "no framework 3"),
+        (["--replay", '{"contract": "matmul", "candidate": "mine.py:softmax"}'], "takes 1 arguments by position"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_before_anything_runs(
+    audit: Run, arguments: list[str], told: str
+) -> None:
+    code, out, err = audit(*arguments)
+    assert code == 2, out + err
+    lines = [text for text in err.splitlines() if text != "loading weights"]
+    assert told in one_line("\n".join(lines))
+    assert "a candidate may print" not in err
+    assert left() == set()
