@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -109,6 +111,8 @@ def audit_command(
     sarif: Annotated[Path | None, typer.Option(help="Write the failures as SARIF 2.1.0.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report as one HTML page.")] = None,
 ) -> None:
+    # Hypothesis keeps a little on disk; a user's folder is no place for it.
+    os.environ.setdefault("HYPOTHESIS_STORAGE_DIRECTORY", str(Path(tempfile.gettempdir()) / "assay-hypothesis"))
     from audits import catalogue
     from audits.claims import read_claims
 

@@ -29,7 +29,7 @@ FULL_EXAMPLES = 25  # times as many drawn cases as in a quick run
 VALUES = ""
 # What else a verdict's case holds, besides the fields of the domain.
 RECORDED = ("contract", "candidate", "framework", "claims", "relation", "output_dtypes")
-PAIR = "after "  # the relation "after N": the same values as when base case N has just run
+PAIR = "after "  # the relation "after N": what is due, when base case N has just run on other data
 
 
 def _rerun(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
@@ -80,6 +80,12 @@ class Sweep:
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts: first what is left out and why, then the corpus, the relations and the drawn cases."""
+        try:
+            yield from self._run(full=full, seed=seed, advance=advance)
+        except DeviceLost as error:
+            yield self._verdict("could-not-judge", {}, f"{error}; nothing is judged from here on")
+
+    def _run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         wanted = self._wanted_dtypes()
         if left_out := [d for d in self.candidate.dtypes if d not in wanted]:
             yield self._verdict("skipped", {}, f"{self.contract.name} has no {', '.join(left_out)}")
@@ -172,8 +178,10 @@ class Sweep:
                 yield plain
                 yield from ({**plain, "relation": r.name} for r in self._relations(plain))
                 if dtype == dtypes[0]:
-                    others = (j for j in range(len(bases)) if j != i and self._possible(filled(domain, bases[j])))
-                    yield from ({**plain, "relation": f"{PAIR}{j}"} for j in others)
+                    # Other data than this base has had so far, or what a candidate has kept of it would be right.
+                    other = {**plain, "seed": (plain["seed"] + 1) % 8}
+                    before = (j for j in range(len(bases)) if self._possible(filled(domain, bases[j])))
+                    yield from ({**other, "relation": f"{PAIR}{j}"} for j in before)
                 if full or i == 0 or dtype == dtypes[0]:
                     yield from self._layouts(plain)
         for i, part in enumerate(self.contract.corpus(full)):
@@ -285,7 +293,7 @@ class Sweep:
             if case["relation"].startswith(PAIR):
                 before = self.contract.bases[int(case["relation"].removeprefix(PAIR))]
                 same = {name: case[name] for name in ("dtype", *self.form)}
-                self._outputs(filled(self.contract.domain, {**before, **same}))
+                self._outputs(filled(self.contract.domain, {**before, **same, "seed": (case["seed"] + 1) % 8}))
             outputs = self._outputs(case)
             digest = digest_of(outputs)
             if wrong := malformed(outputs, self.contract):
@@ -375,7 +383,10 @@ def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) ->
         return sweep._verdict("skipped", chosen, f"the candidate takes no {', '.join(sweep.lacking)}: this needs it")
     if not sweep.applies(chosen):
         raise ValueError(f"{relation!r} means nothing for this case of {contract.name}, or for the candidate")
-    return sweep.verdict(chosen)
+    try:
+        return sweep.verdict(chosen)
+    except DeviceLost as error:
+        return sweep._verdict("could-not-judge", chosen, str(error))
 
 
 def _buildable(contract: Contract, case: Case) -> bool:

@@ -213,6 +213,8 @@ def corpus(full: bool) -> Iterator[Case]:
             if options.get("top_k", 0) <= V:
                 yield {"V": V, "B": 1 + (i + V) % 3, "start": i, **options}
         yield {"V": 40, "B": 24, "start": i, **options}
+    for start, temperature in ((2, 1.0), (3, 1.5)):  # no filter that would hide what a mask lets through
+        yield {"V": 40, "B": 24, "start": start, "temperature": temperature}
     yield {"V": 32769, "B": 2, "top_k": 40}
 
 

@@ -145,12 +145,14 @@ def sigmoid_error(x: Tensor, u: float) -> Tensor:
 def sigmoid_stored(x: Tensor, arith: Arithmetic) -> Tensor:
     """What sigmoid(x) may lose when e = exp(±x) and 1 + e are stored in a narrower intermediate.
 
-    With y = 1/(1 + exp(|x|)) = min(σ, 1 − σ), a relative error ε of e changes y by y(1 − y)·ε and one of 1 + e by y·ε.
-    exp(|x|) beyond the intermediate's range is an infinity, and y is 0: so in float16 from |x| = 11.1 on (mx.sigmoid).
+    A relative error ε of e changes σ by σ(1 − σ)·ε, and one of 1 + e by at most σ·ε (in 1 − 1/(1 + exp(x)) by less).
+    exp(|x|) beyond the intermediate's range is an infinity, and y = 1/(1 + exp(|x|)) = min(σ, 1 − σ) is 0: so in
+    float16 from |x| = 11.1 on (mx.sigmoid).
     """
     if not narrower(arith.intermediate, arith.accumulate):
         return torch.zeros_like(x)
     u = UNIT_ROUNDOFF[arith.intermediate]
-    y = torch.sigmoid(-x.abs())
+    sigma, y = torch.sigmoid(x), torch.sigmoid(-x.abs())
     overflows = x.abs() >= math.log(OVERFLOW[arith.intermediate]) - 2 * u * x.abs()
-    return torch.where(overflows, y, torch.minimum(y * (2 - y) * u / (1 - 2 * u), y)) + UNDERFLOW[arith.intermediate]
+    stored = (sigma + y * (1 - y)) * u / (1 - 2 * u) + UNDERFLOW[arith.intermediate]
+    return torch.where(overflows, y + stored, stored)

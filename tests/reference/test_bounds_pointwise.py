@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -157,9 +159,13 @@ def test_a_rounding_too_many_in_swiglu_is_outside(kind: str, dtype: str) -> None
     }
     for name, actual in faults.items():
         assert excess(actual.to(DTYPES[dtype]), plain).max() > 1.04, name
-    # All of 1/(1 + exp(−g)) in half, where only its result may be.
+    # All of 1/(1 + exp(−g)) in half is what a stored intermediate may be, as mx.sigmoid computes it for half inputs.
     exponential = round_to(1 + round_to(torch.exp(-g), low), low)
-    assert excess((round_to(g * round_to(1 / exponential, low), low) * v).to(DTYPES[dtype]), stored).max() > 1.005
+    halved = excess((round_to(g * round_to(1 / exponential, low), low) * v).to(DTYPES[dtype]), stored).max()
+    assert halved > 1.005 if dtype == "float32" else halved <= 1
+    if kind == "x30" and dtype != "float16":  # the argument g·log2(e) is never stored; in float16 exp overflows first
+        exponential = 1 + torch.exp2(round_to(-g * math.log2(math.e), low))
+        assert excess((g / exponential * v).to(DTYPES[dtype]), stored).max() > 1.5
     if kind == "x30":
         assert excess(ops.swiglu(gate, up, None).to(DTYPES[dtype]), stored).max() > 100  # the limit is not applied
     assert excess((g * torch.sigmoid(1.702 * g) * v).to(DTYPES[dtype]), stored).max() > 1.5  # gelu's approximation

@@ -79,7 +79,7 @@ def test_each_case_is_judged_once_and_bases_in_every_way() -> None:
     for dtype in ("float32", "float16", "bfloat16"):
         assert tried["rerun", dtype] == tried["permuted rows", dtype] == 2
         assert tried["limit binds", dtype] == 1, "it means nothing without a limit"
-    assert tried["after 0", "float32"] == tried["after 1", "float32"] == 1
+    assert tried["after 0", "float32"] == tried["after 1", "float32"] == 2, "each base after each, itself included"
     laid = {(v.case["operand"], v.case["layout"]) for v in verdicts if v.case["layout"] != "contiguous"}
     assert {(n, x) for n in ("gate", "up") for x in ("transposed", "sliced", "strided", "reversed", "offset")} <= laid
 
@@ -170,6 +170,45 @@ def test_a_candidate_that_caches_by_shape_is_caught_by_pairs_and_replays_in_a_fr
     fresh = again(pair, caching())
     assert (fresh.outcome, fresh.message, fresh.evidence["digest"]) == ("fail", pair.message, pair.evidence["digest"])
     assert again(pair, swiglu).outcome == "pass"
+
+
+def test_a_candidate_that_keeps_its_last_result_is_caught_by_pairs() -> None:
+    def keeping() -> Callable[..., Array]:
+        kept: dict[Any, Array] = {}
+
+        def by_shape(gate: Array, up: Array, *, limit: float | None = None) -> Array:
+            """Computes once for each shape, dtype and options."""
+            return kept.setdefault((gate.shape, str(gate.dtype), limit), swiglu(gate, up, limit=limit))
+
+        return by_shape
+
+    verdicts = judged(keeping())
+    failed = [v for v in verdicts if v.outcome == "fail" and v.case["relation"].startswith("after")]
+    assert {(v.case["relation"], v.case["limit"]) for v in failed} >= {("after 1", 7.0)}
+    pair = next(v for v in failed if v.case["limit"] and v.case["relation"] == "after 1")
+    fresh = again(pair, keeping())
+    assert (fresh.outcome, fresh.evidence["check"]) == ("fail", "values")
+
+
+def test_a_lost_device_ends_the_sweep_unjudged(monkeypatch: pytest.MonkeyPatch) -> None:
+    from audits import candidate as module
+
+    for lost_after in (0, 1, 40):
+        left = [lost_after]
+
+        def give(*arguments: Any, real: Any = module.give, left: list[int] = left) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise RuntimeError("an illegal memory access was encountered")
+            return real(*arguments)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "give", give)
+            verdicts = judged(swiglu)
+            assert verdicts[-1].outcome == "could-not-judge"
+            assert "the device is lost: an illegal memory access" in verdicts[-1].message
+            assert len(verdicts) < 40
+            assert replay(SMALL, {}, candidate(swiglu)).outcome == "could-not-judge"
 
 
 def test_a_random_candidate_is_caught_by_the_rerun() -> None:

@@ -219,6 +219,7 @@ def test_an_extracted_row_keeps_no_memory_of_the_batch(kind: Kind) -> None:
         cache = kind.batch([0] * 8)
         cache.update_and_fetch(*random_tokens(8, 600))
         mx.eval(cache.state)
+        mx.clear_cache()  # or the allocator hands out a freed buffer of what ran before, which may be much larger
         row = extract(cache, 2)
         del cache
         mx.eval(row.state)
