@@ -84,7 +84,7 @@ def quantized_matmul(
     """x [..., K] times (codes, scales, biases), [..., N, K] if transpose, else [..., K, N] → [..., N] in x's dtype.
 
     MLX's own, except where its CUDA backend fails (MLX 0.32.4; docs/evidence/cuda.md): weights of a single group are
-    multiplied wrongly from two rows on, and float32 ones in groups of 128 raise from 33 on. There they are decoded first.
+    multiplied wrongly from two rows on; float32 ones in groups of 128 raise from 33 on. There they are decoded first.
     """
     codes, scales, biases = quantized
     one_group = scales.shape[-1] == 1
