@@ -165,3 +165,9 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return a is None and b is None
+
+
+def random_tokens(B: int, n: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -> tuple[mx.array, mx.array]:
+    rng = np.random.default_rng(seed)
+    keys, values = (mx.array(rng.standard_normal((B, HEADS, n, w)).astype(np.float32)) for w in (DK, DV))
+    return keys.astype(dtype), values.astype(dtype)
