@@ -18,6 +18,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from assay import guard
+
 if TYPE_CHECKING:
     from audits.report import Noticed
     from audits.side_by_side import Judged
@@ -143,7 +145,12 @@ def show_audit(
     screen = errors if on_output else console
     # What a candidate prints is no part of a report.
     with progress("audit", None) as advance, redirect_stdout(sys.stderr):
-        report = work(advance)
+
+        def tell(name: str) -> None:
+            guard.note(name)
+            advance(name)
+
+        report = work(tell)
     screen.print(audit_table(report.verdicts))
     for verdict in report.verdicts:
         if verdict.outcome == "skipped":
@@ -157,6 +164,7 @@ def show_audit(
     failed = sum(verdict.outcome == "fail" for verdict in wrong)
     line(screen, f"{len(report.verdicts)} verdicts, {failed} failed, {len(wrong) - failed} could not be judged")
     write_reports(report, wanted, write_json)
+    guard.note(guard.DONE)
     raise typer.Exit(report.exit_code)
 
 

@@ -82,11 +82,13 @@ def test_a_worker_that_does_not_stop_itself_is_killed(lib: Library, monkeypatch:
 
 def test_an_interrupt_ends_the_launch_and_leaves_no_worker(lib: Library) -> None:
     assert doubles(lib["twice"])
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     pid = worker_of(lib)
     threading.Timer(0.2, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     p = np.zeros(2, np.int32)
     with pytest.raises(KeyboardInterrupt):
         lib["forever"].launch({0: p}, threads=1, threadgroups=1, timeout=30)
+    signal.signal(signal.SIGINT, before)
     assert ended(pid)
     assert not p.any()
     assert doubles(lib["twice"])

@@ -1,0 +1,53 @@
+"""A candidate that ends or hangs the process is a failure, never a pass and never silence."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+CANDIDATES = """
+import ctypes, os, time
+
+
+def ends(gate, up):
+    os._exit(0)
+
+
+def crashes(gate, up):
+    ctypes.string_at(0)
+
+
+def hangs(gate, up):
+    time.sleep(60)
+"""
+# The limit is shortened in the child alone: the command has no option for it.
+COMMAND = "from assay import guard; guard.SILENCE = 8.0; from assay.cli import command; command()"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("ends", "ended the process (exit code 0)"),
+        ("crashes", "ended the process (signal"),
+        ("hangs", "has not come back"),
+    ],
+)
+def test_it_is_reported_and_fails(name: str, says: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CANDIDATES, encoding="utf-8")
+    arguments = ["audit", "swiglu", "--candidate", f"mine.py:{name}"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
