@@ -1,4 +1,4 @@
-"""After a device is lost nothing is judged any more, and nothing passes; layouts that were asked for are tried alone."""
+"""After a device is lost nothing is judged any more, and nothing passes; layouts asked for are tried alone."""
 
 from __future__ import annotations
 
