@@ -1,4 +1,5 @@
-"""What a cache keeps alive: lazy graph nodes that nobody evaluates, and bytes beyond the tokens that it must hold.
+"""What a cache keeps alive: lazy graph nodes that nobody evaluates, and bytes beyond the tokens that it must hold; and
+whether it shares its memory with another one.
 
 Decoding evaluates what attention is given, the fetched keys and values, and no more: a counter that is an array and is
 only ever added to then grows the graph by a node a step, unless something else happens to read it. Bytes are the
@@ -19,14 +20,15 @@ import numpy as np
 from audits import cache_object as obj
 from audits.candidate import Candidate, CandidateError
 from audits.contract import Finding
-from audits.frameworks import DTYPES, give
+from audits.frameworks import DTYPES, give, take
 
 if TYPE_CHECKING:
     from audits.cache_contract import CacheContract
 
 NODES, BYTES = "growth in graph nodes", "growth in bytes"
 CHECKS = (NODES, BYTES)
-CASES = ("decode", "prefill", "filter", "extract")
+TWINS = "independence"
+CASES = ("decode", "prefill", "filter", "extract", "twins")
 STEP = 256  # tokens by which caches grow (mlx-lm's); samples are that far apart, so that they meet the same spare room
 SAMPLES = (40, 40 + STEP, 40 + 2 * STEP)
 PREFILL = 2048
@@ -48,6 +50,8 @@ def check(
     contract: CacheContract, candidate: Candidate, case: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[Finding | None, str]:
     """What grows in one growth case, or None; the digest is empty, for no values are looked at."""
+    if case["growth"] == "twins":
+        return _twins(candidate, case, options), ""
     run = {"decode": _decode, "prefill": _prefill, "filter": _filter, "extract": _extract}[case["growth"]]
     rows = 4 if case["growth"] in ("filter", "extract") else 2
     if "left_padding" in options:
@@ -103,6 +107,34 @@ class _Feeder:
         """Bytes that a cache of `held` tokens may keep: twice what it needs (for growing by doubling), and spare room
         of a step of the buffer and one of a copy."""
         return (2 * held + 2 * STEP) * self.token()
+
+
+def _twins(candidate: Candidate, case: Mapping[str, Any], options: Mapping[str, Any]) -> Finding | None:
+    """Two caches of one model, fed in turn: what one returns is what it returned when there was no other."""
+    rows = len(options["left_padding"]) if "left_padding" in options else 1
+    rng = np.random.default_rng(case["seed"])
+    dtype = np.dtype(DTYPES[case["dtype"]])
+    shapes = [[(rows, case["heads"], n, d) for d in case["dims"]] for n in (3, 1, 1, 2)]
+    mine, others = ([[rng.standard_normal(x).astype(dtype) for x in pair] for pair in shapes] for _ in range(2))
+
+    def feed(cache: Any, pair: list[Any]) -> list[bytes]:
+        given = [give(x, candidate.framework, device=candidate.device) for x in pair]
+        fetched = obj.call("update_and_fetch", lambda: cache.update_and_fetch(*given))
+        parts = [y for x in fetched for y in (x if isinstance(x, tuple | list) else (x,))]
+        return [take(x).tobytes() for x in parts]
+
+    try:
+        first = obj.make(candidate, options)
+        alone = [feed(first, pair) for pair in mine]
+        one, other = obj.make(candidate, options), obj.make(candidate, options)
+        for i, (pair, second) in enumerate(zip(mine, others, strict=True)):
+            if feed(one, pair) != alone[i]:
+                message = f"update {i} of one cache returns other bits when a second cache is fed in turn with it"
+                return Finding(check=TWINS, message=message)
+            feed(other, second)
+    except CandidateError as error:
+        return Finding(check="raises", message=f"twins: {error}")
+    return None
 
 
 def _decode(feeder: _Feeder) -> Finding | None:
