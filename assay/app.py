@@ -25,7 +25,7 @@ Dtypes = Annotated[list[str] | None, typer.Option("--dtype", help="float32 (defa
 DeviceOption = Annotated[str, typer.Option("--device", help="metal, cuda, cpu, or auto: the best there is.")]
 Experts = Annotated[str, typer.Option(help="Quantise the experts first: q8_0, q4_k, q2_k or iq2_xxs.")]
 Kernels = Annotated[
-    str, typer.Option(help="Routed experts by mlx, or by our own kernels: host (on the CPU), metal (on an Apple GPU).")
+    str, typer.Option(help="Computed by mlx's kernels, or by our own: host (on the CPU), metal (on an Apple GPU).")
 ]
 Tokens = Annotated[str | None, typer.Option(help="Token ids, separated by commas.")]
 Probes = Annotated[bool, typer.Option("--probes", help="Show every probe, not the worst of each kind.")]

@@ -32,12 +32,12 @@ Claims = dict[str, str]
 
 
 def arithmetic(
-    device: Device, dtype: str, config: Config, *, packed_experts: bool, host_kernels: bool = False
+    device: Device, dtype: str, config: Config, *, packed_experts: bool, own_kernels: bool = False
 ) -> dict[str, Claims]:
     """Claims by op for a run of `config` in `dtype` on `device`; ops that the model hasn't got are left out.
 
     `packed_experts` says whether any expert stack is affine-quantised: with experts from a GGUF file none is.
-    `host_kernels`: the routed experts are this engine's own Metal kernels, on the host executor or an Apple GPU.
+    `own_kernels`: this engine's own Metal kernels compute, on the host executor or an Apple GPU, what they can.
     """
     table = _BACKENDS[device.name](dtype, config, device.detail)
     # Inputs are upcast, and a half number is exact in TF32 too, so only a float32 run can lose bits to it.
@@ -50,8 +50,8 @@ def arithmetic(
     table["logits"] = dict(table["linear"])
     if packed_experts:
         table["experts"] = dict(table["quantized_linear"])
-    if host_kernels:
-        table["experts"] = dict(_HOST_EXPERTS)
+    if own_kernels:
+        table |= {op: dict(claims) for op, claims in _OWN_KERNELS.items()}
     if config.quantization is None:
         del table["quantized_linear"]
     elif not config.tie_word_embeddings:
@@ -155,14 +155,19 @@ def _cuda(dtype: str, config: Config, detail: str) -> dict[str, Claims]:
     }
 
 
-# engine/metal/kernels/moe.metal: mul_mm_id rounds weights and x to half, multiplies exactly and adds in float.
-# mul_mv_id rounds neither; each product's own rounding in float is less than what rounding its factors may do. The
-# result is float, rounded once to the run's dtype (engine/kernel_moe.py).
-_HOST_EXPERTS: Claims = {
-    "operand": "float16",
-    "accumulate": "float32",
-    "intermediate": "float32",
-    "output": "input",
+# In engine/metal/kernels/*.metal everything is float inside and rounded once, to the run's dtype, on its way out.
+# Attention is not here: the kernel is as exact, but has single queries alone, so that MLX's claims are the weaker ones.
+_OWN_KERNELS: Mapping[str, Claims] = {
+    # mul_mm_id rounds weights and x to half, multiplies exactly and adds in float. mul_mv_id rounds neither; each
+    # product's own rounding in float is less than what rounding its factors may do.
+    "experts": {
+        "operand": "float16",
+        "accumulate": "float32",
+        "intermediate": "float32",
+        "output": "input",
+    },
+    "rms_norm": {"accumulate": "float32", "intermediate": "float32", "output": "input"},
+    "rope": {"operand": "input", "intermediate": "float32", "output": "input"},
 }
 
 # By bits: how many products apart those are that one thread adds up. A warp's 32 threads take 16 or 8 each in a row.

@@ -16,7 +16,7 @@ from engine.layers import linear
 from engine.masks import Mask
 from engine.module import Module
 from engine.probes import Probe
-from engine.sdpa import quantized_sdpa, sdpa
+from engine.sdpa import quantized_sdpa, sdpa, softmax
 
 
 class Attention(Module):
@@ -46,8 +46,8 @@ class Attention(Module):
             probe("q_proj", q)
             probe("k_proj", k)
         offset = cache.offset
-        q = self.rope(q.swapaxes(1, 2), offset)
-        k = self.rope(k.swapaxes(1, 2), offset)
+        q = self.rope(q.swapaxes(1, 2), offset, "q")
+        k = self.rope(k.swapaxes(1, 2), offset, "k")
         if probe is not None:
             probe("q", q.swapaxes(1, 2))
             probe("k", k.swapaxes(1, 2))
@@ -77,9 +77,14 @@ class Attention(Module):
             sinks=sinks,
             group_size=cache.group_size,
             bits=cache.bits,
+            softmax=self.softmax,
         )
 
-    def rope(self, x: mx.array, offset: int | mx.array) -> mx.array:
+    def softmax(self, scores: mx.array) -> mx.array:
+        """(…, S) float32 → (…, S): softmax over the last axis, for quantised keys; dense ones have it fused."""
+        return softmax(scores)
+
+    def rope(self, x: mx.array, offset: int | mx.array, probe: str) -> mx.array:
         """(B, H, L, Dh) at positions offset…, one offset for all rows or (B,): half-split pairs (j, j + Dh/2), angle
-        position · theta^(−2j/Dh)."""
+        position · theta^(−2j/Dh). `probe` says what is turned, q or k."""
         return mx.fast.rope(x, self.head_dim, traditional=False, base=self.rope_theta, scale=1.0, offset=offset)

@@ -29,7 +29,7 @@ from engine.probes import Array, Step, Tap, to_numpy
 
 # Tokens of a prefill chunk when the caller names no size.
 CHUNK = 512
-# Whose kernels compute the routed experts: MLX's, or this engine's own on the host executor or an Apple GPU.
+# Whose kernels compute: MLX's, or this engine's own on the host executor or an Apple GPU.
 KERNELS = ("mlx", "host", "metal")
 # What was launched: kernel names, each once and in the order of first use, by the probe that they compute.
 Launched = dict[str, list[str]]
@@ -46,9 +46,9 @@ def load(
 ) -> Engine:
     """The checkpoint in `folder` as an Engine that computes in `dtype` (None: the config's torch_dtype) on `device`.
 
-    kernels: "mlx", or for routed experts by the engine's own Metal kernels "host" (the host executor, on the CPU) or
-    "metal" (an Apple GPU, untested on hardware): in float32 or float16, of a checkpoint whose experts are blocks in a
-    GGUF file. kv_bits: None, or with how many bits
+    kernels: "mlx", or the engine's own Metal kernels (engine/kernel_modules says for what) on the "host" (the host
+    executor, on the CPU) or on "metal" (an Apple GPU, untested on hardware): in float32 or float16, of a checkpoint
+    whose experts are blocks in a GGUF file. kv_bits: None, or with how many bits
     the keys and values of full-attention layers are kept, in groups of kv_group_size, which must divide head_dim.
     Raises CheckpointError for a folder that isn't exactly what its config.json says, DeviceError for an absent device,
     ValueError for what has no kernels.
@@ -99,7 +99,7 @@ def _device_for(kernels: str, device: str) -> str:
 
 def _install(model: Decoder, config: Config, blocks: Mapping[str, Blocks], kernels: str, launched: Launched) -> None:
     # Imported here: it needs the pinned C++ compiler, and who asks for MLX's kernels doesn't.
-    from engine.kernel_moe import PLACES, install
+    from engine.kernel_modules import PLACES, install
 
     def note(probe: str, kernel: str) -> None:
         names = launched.setdefault(probe, [])
@@ -113,7 +113,7 @@ class Engine:
     """A loaded model on one device; `run` and `generate` leave nothing behind but the names in `kernels`.
 
     `blocks` are the expert stacks that are kept as blocks, by tensor name, and `launched` is where their kernels are
-    noted: both empty unless the routed experts are this engine's own. `kv` is how full-attention layers keep their
+    noted: both empty unless the kernels are this engine's own. `kv` is how full-attention layers keep their
     keys and values, if not as they are.
     """
 
@@ -157,7 +157,7 @@ class Engine:
                 self.dtype,
                 self.config,
                 packed_experts=has_packed_experts(self.model),
-                host_kernels=bool(self.blocks),
+                own_kernels=bool(self.blocks),
             ),
             "kernels": self.kernels,
         }

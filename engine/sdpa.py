@@ -13,11 +13,20 @@ all values, NaN, or zeros), so those rows are overwritten; without a mask, or wi
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 
 from engine.caches.codecs import Arrays
 from engine.layers import quantized_matmul
 from engine.masks import Mask
+
+Softmax = Callable[[mx.array], mx.array]
+
+
+def softmax(scores: mx.array) -> mx.array:
+    """[…, S] float32 → […, S]: softmax over the last axis."""
+    return mx.softmax(scores, axis=-1, precise=True)
 
 
 def sdpa(
@@ -58,12 +67,14 @@ def quantized_sdpa(
     sinks: mx.array | None = None,
     group_size: int,
     bits: int,
+    softmax: Softmax = softmax,
 ) -> mx.array:
     """q [B, Hq, L, D], keys and values (codes, scales, biases) of [B, Hkv, S, D] and [B, Hkv, S, Dv] → [B, Hq, L, Dv].
 
     Scores become float32 before the mask and the softmax. MLX's CPU backend keeps the running sum of a quantised
     product in the dtype of the scales (engine.layers.widen), so there both products are done in float32; a GPU does
-    them in the dtype of q, with float32 sums. Raises ValueError for heads or a mask that don't fit.
+    them in the dtype of q, with float32 sums. `softmax` is what computes the weights of float32 scores over the last
+    axis. Raises ValueError for heads or a mask that don't fit.
     """
     B, Hq, L, D = q.shape
     Hkv, S = keys[0].shape[1:3]
@@ -78,7 +89,7 @@ def quantized_sdpa(
     if _is_causal(mask):
         mask = mx.arange(S) <= mx.arange(S - L, S)[:, None]
     grouped = _grouped(mask, Hkv, r) if isinstance(mask, mx.array) else None
-    weights = _softmax(scores, grouped, None if sinks is None else sinks.reshape(1, Hkv, r, 1, 1))
+    weights = _weights(scores, grouped, None if sinks is None else sinks.reshape(1, Hkv, r, 1, 1), softmax)
     weights = weights.reshape(B, Hkv, r * L, S).astype(dtype)
     y = _product(weights, values, transpose=False, group_size=group_size, bits=bits).reshape(B, Hkv, r, L, -1)
     if grouped is not None:
@@ -96,15 +107,15 @@ def _product(x: mx.array, packed: Arrays, *, transpose: bool, group_size: int, b
     return quantized_matmul(x, weights, transpose=transpose, group_size=group_size, bits=bits)
 
 
-def _softmax(scores: mx.array, mask: mx.array | None, sinks: mx.array | None) -> mx.array:
+def _weights(scores: mx.array, mask: mx.array | None, sinks: mx.array | None, softmax: Softmax) -> mx.array:
     """Weights of float32 `scores` [B, Hkv, r, L, S]; a sink [1, Hkv, r, 1, 1] is one more key, without a value."""
     if mask is not None:
         lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
         scores = mx.where(mask, scores, lowest) if mask.dtype == mx.bool_ else scores + mask.astype(scores.dtype)
     if sinks is None:
-        return mx.softmax(scores, axis=-1, precise=True)
+        return softmax(scores)
     column = mx.broadcast_to(sinks.astype(scores.dtype), (*scores.shape[:-1], 1))
-    return mx.softmax(mx.concatenate([scores, column], axis=-1), axis=-1, precise=True)[..., :-1]
+    return softmax(mx.concatenate([scores, column], axis=-1))[..., :-1]
 
 
 def _grouped(mask: mx.array, Hkv: int, r: int) -> mx.array:

@@ -138,7 +138,8 @@ def test_which_kernels_ran_is_printed_stored_and_repeated(assay, tmp_path: Path,
     assert code == 0, out + err
     assert "quantising experts to q8_0" in err
     told = (
-        "kernels of layers 0, 1: experts kernel_router; gate, up, down kernel_mul_mm_id_map"
+        "kernels of layers 0, 1: attn_norm, mlp_norm kernel_rms_norm_f32; q, k kernel_rope_f32;"
+        " context kernel_attention_f32; experts kernel_router; gate, up, down kernel_mul_mm_id_map"
         " + kernel_mul_mm_id_q8_0_f32_n32 + kernel_mul_mv_id_q8_0_f32; act kernel_swiglu_f32"
     )
     assert told in out

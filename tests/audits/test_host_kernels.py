@@ -15,7 +15,6 @@ from audits.golden_jobs import diff, regenerate, verify
 from audits.launched import kernel_lines
 from audits.runs import load_engine
 from audits.side_by_side import audit_case, audit_model
-from engine import kernel_moe
 from engine.metal import table
 from engine.metal.kernels import apple, host, ops
 from engine.metal.library import compile
@@ -58,11 +57,12 @@ def test_the_shipped_model_passes(experts: str) -> None:
     assert judged.verdict.outcome == "pass", judged.verdict.message
     assert judged.comparison.logits is not None
     assert judged.comparison.logits.top1 == 1
-    (text,) = kernel_lines([judged.actual.provenance["kernels"]])
-    assert text == (
-        "kernels of layers 0, 1, 2, 3: experts kernel_router; gate, up, down kernel_mul_mm_id_map +"
-        " kernel_mul_mm_id_q8_0_f32_n32 + kernel_mul_mv_id_q8_0_f32; act kernel_swiglu_f32"
-    )
+    assert kernel_lines([judged.actual.provenance["kernels"]]) == [
+        "kernels of the run: final_norm kernel_rms_norm_f32",
+        "kernels of layers 0, 1, 2, 3: attn_norm, mlp_norm kernel_rms_norm_f32; q, k kernel_rope_f32;"
+        " context kernel_attention_f32; experts kernel_router; gate, up, down kernel_mul_mm_id_map +"
+        " kernel_mul_mm_id_q8_0_f32_n32 + kernel_mul_mv_id_q8_0_f32; act kernel_swiglu_f32",
+    ]
     assert judged.actual.provenance["model"] == "shipped+q8_0"
 
 
@@ -70,12 +70,15 @@ def test_the_shipped_model_passes(experts: str) -> None:
     ("source", "text", "fault", "place"),
     [
         # One element of a row in eight is its neighbour's.
-        ("moe.metal", "to[i] = half(x_rows[band][k + i]);", "to[i] = half(x_rows[band][k + (i & 6)]);", "gate"),
-        ("moe.metal", "sum += values[i] * float(vector[k + i]);", "sum += values[i] * float(vector[k]);", "gate"),
-        ("moe.metal", "least = block->scales[j + 4] & 63;", "least = block->scales[j + 4] & 31;", "gate"),
-        ("router.metal", "args.has_bias ? scores[e] + bias[e] : scores[e]", "scores[e]", "experts"),
-        ("router.metal", "args.factor / divisor", "args.factor", "weights"),
-        ("elementwise.metal", "(g < 0.0f ? e : 1.0f) / (1.0f + e)", "1.0f / (1.0f + e)", "act"),
+        ("rows.metal", "factor * float(weight[i])", "factor * float(weight[i & ~1])", "attn_norm"),
+        ("elementwise.metal", "out[head + j] = X(a * c - b * s);", "out[head + j] = X(a * c + b * s);", "attn.q"),
+        ("attention.metal", "args.has_sinks ? precise::exp(sinks[head] - bound) : 0.0f", "0.0f", "attn.context"),
+        ("moe.metal", "to[i] = half(x_rows[band][k + i]);", "to[i] = half(x_rows[band][k + (i & 6)]);", "moe.gate"),
+        ("moe.metal", "sum += values[i] * float(vector[k + i]);", "sum += values[i] * float(vector[k]);", "moe.gate"),
+        ("moe.metal", "least = block->scales[j + 4] & 63;", "least = block->scales[j + 4] & 31;", "moe.gate"),
+        ("router.metal", "args.has_bias ? scores[e] + bias[e] : scores[e]", "scores[e]", "moe.experts"),
+        ("router.metal", "args.factor / divisor", "args.factor", "moe.weights"),
+        ("elementwise.metal", "(g < 0.0f ? e : 1.0f) / (1.0f + e)", "1.0f / (1.0f + e)", "moe.act"),
     ],
 )
 def test_a_fault_in_a_kernels_text_is_named(
@@ -88,7 +91,7 @@ def test_a_fault_in_a_kernels_text_is_named(
     monkeypatch.setattr(host, "library", lambda name, checked: faulty if name == source else original(name, checked))
     (judged,) = audit_model([replace(tiny_case, model=str(q4_k), kernels="host")])
     assert judged.comparison.first_failure is not None
-    assert judged.comparison.first_failure.probe == f"layers.0.moe.{place}", judged.verdict.message
+    assert judged.comparison.first_failure.probe == f"layers.0.{place}", judged.verdict.message
     assert "--kernels host" in judged.verdict.evidence["replay"]
 
 
@@ -102,7 +105,7 @@ def test_one_wrong_row_of_the_decode_kernel_is_named(
         result[0, 2, 9] *= 1.1
         return result
 
-    monkeypatch.setattr(kernel_moe.ops, "mul_mv_id", one_row)
+    monkeypatch.setattr(ops, "mul_mv_id", one_row)
     (judged,) = audit_model([replace(tiny_case, model=str(q4_k), kernels="host")])
     failure = judged.comparison.first_failure
     assert failure is not None
@@ -117,13 +120,13 @@ def test_one_wrong_row_of_the_decode_kernel_is_named(
 def test_the_vector_kernel_has_other_weights_than_a_float16_run(
     tiny_case: Case, q4_k: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Why engine/kernel_moe.py doesn't decode with it there: its weights are not rounded, and that shows."""
+    """Why engine/kernel_modules/moe.py doesn't decode with it there: its weights are not rounded, and that shows."""
     original = ops.mul_mm_id
 
     def by_vector(x: Any, blocks: Any, ids: Any, kind: str, *, run: ops.Run) -> Any:
         return (ops.mul_mv_id if len(ids) == 1 else original)(x, blocks, ids, kind, run=run)
 
-    monkeypatch.setattr(kernel_moe.ops, "mul_mm_id", by_vector)
+    monkeypatch.setattr(ops, "mul_mm_id", by_vector)
     (judged,) = audit_model([replace(tiny_case, model=str(q4_k), kernels="host", dtype="float16")])
     assert judged.comparison.first_failure is not None
     assert judged.comparison.first_failure.probe == "layers.0.moe.gate"

@@ -237,17 +237,17 @@ def test_other_names_and_odd_groups_are_refused() -> None:
 
 
 def bool_mask_is_added(patch: pytest.MonkeyPatch) -> None:
-    original = module._softmax
+    original = module._weights
 
-    def wrong(scores: mx.array, mask: mx.array | None, sinks: mx.array | None) -> mx.array:
-        return original(scores, None if mask is None else mask.astype(mx.float32), sinks)
+    def wrong(scores: mx.array, mask: mx.array | None, *rest: Any) -> mx.array:
+        return original(scores, None if mask is None else mask.astype(mx.float32), *rest)
 
-    patch.setattr(module, "_softmax", wrong)
+    patch.setattr(module, "_weights", wrong)
 
 
 def sinks_ignored(patch: pytest.MonkeyPatch) -> None:
-    original = module._softmax
-    patch.setattr(module, "_softmax", lambda scores, mask, sinks: original(scores, mask, None))
+    original = module._weights
+    patch.setattr(module, "_weights", lambda scores, mask, sinks, how: original(scores, mask, None, how))
 
 
 def first_rows_mask_for_all(patch: pytest.MonkeyPatch) -> None:

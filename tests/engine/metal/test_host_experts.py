@@ -1,4 +1,4 @@
-"""The engine with its routed experts in its own Metal kernels: what runs, what is said of it, what is refused."""
+"""The engine on its own Metal kernels: what runs, what is said of it, what is refused."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from tests.engine.tiny import make_checkpoint
 SIZE_256 = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 4}
 TOKENS = [3, 17, 60, 2, 9, 9, 41, 28]
 PARTS = ("experts", "gate", "up", "act", "down")
+LAYERS = 2
 on_host = pytest.fixture(stand_in)
 
 
@@ -45,14 +46,23 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def expected_names(dtype: str, tokens: int) -> dict[str, list[str]]:
-    """What the table says for `tokens` at once: by vector for one token in float32, expert-major for the rest."""
+    """What the table says for `tokens` at once, in the order of computation: for one token attention by the kernel, and
+    in float32 products by vector; for more expert-major ones."""
     if tokens == 1 and dtype == "float32":
         product = [table.plan_mul_mv_id("Q4_K", dtype, 3, 256).kernel]
     else:
         product = ["kernel_mul_mm_id_map", table.plan_mul_mm_id("Q4_K", dtype, tokens, 256, 4).kernel]
     act = [table.plan_swiglu(dtype, 3 * tokens, 256).kernel]
-    by_part = dict(zip(PARTS, (["kernel_router"], product, product, act, product), strict=True))
-    return {f"layers.{i}.moe.{part}": names for i in range(2) for part, names in by_part.items()}
+    norm = [table.plan_rows("rms_norm", dtype, tokens).kernel]
+    turn = [table.plan_rope(dtype, tokens, 4, 16).kernel]
+    layer = {"attn_norm": norm, "attn.q": turn, "attn.k": turn}
+    if tokens == 1:
+        layer["attn.context"] = [table.plan_attention(dtype, 1, 4, 16, 16).kernel]
+    layer["mlp_norm"] = norm
+    moe = zip(PARTS, (["kernel_router"], product, product, act, product), strict=True)
+    layer |= {f"moe.{part}": names for part, names in moe}
+    every = {f"layers.{i}.{part}": names for i in range(LAYERS) for part, names in layer.items()}
+    return every | {"final_norm": norm}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -160,8 +170,40 @@ def test_weights_are_the_values_of_the_blocks_that_the_kernels_read(blocks: Path
 
 def test_the_claims_are_those_of_the_weaker_kernel(blocks: Path) -> None:
     mlx, host = (engine.load(blocks, dtype="float32", device="cpu", kernels=kernels) for kernels in ("mlx", "host"))
-    changed = {"experts": {"operand": "float16", "accumulate": "float32", "intermediate": "float32", "output": "input"}}
+    exact = {"accumulate": "float32", "intermediate": "float32", "output": "input"}
+    changed = {
+        "experts": exact | {"operand": "float16"},
+        "rms_norm": exact,
+        "rope": {"operand": "input", "intermediate": "float32", "output": "input"},
+    }
     assert host.provenance["arithmetic"] == mlx.provenance["arithmetic"] | changed
+
+
+@pytest.mark.parametrize("place", ["host", "metal"])
+def test_softmax_over_quantised_keys_is_the_kernel(
+    tmp_path: Path, place: str, monkeypatch: pytest.MonkeyPatch, on_host: OnHost
+) -> None:
+    """Models without sinks multiply quantised keys as they are; the layer that has a window doesn't quantise."""
+    shape = SIZE_256 | {"head_dim": 32, "attention_sinks": False}
+    folder = make_checkpoint(tmp_path / "model", gguf="Q4_K", **shape)
+    seen: dict[str, dict[str, Any]] = {}
+    if place == "metal":
+        monkeypatch.setattr(device, "_probe", lambda name: Device(name=name, available=True, detail="a stand-in"))
+        monkeypatch.setattr(Device, "handle", mx.Device(mx.cpu))
+    for kernels in ("mlx", place):
+        on = {"device": "cpu"} if kernels == "mlx" else {}
+        model = engine.load(folder, dtype="float32", kernels=kernels, kv_bits=8, kv_group_size=32, **on)
+        seen[kernels] = {}
+        model.run(TOKENS, chunk=5, tap=seen[kernels].__setitem__)
+    full, sliding = (i for kind in ("full_attention", "sliding_attention") for i in _layers(model, kind))
+    assert model.kernels[f"layers.{full}.attn.context"] == ["kernel_softmax_f32"]
+    assert f"layers.{sliding}.attn.context" not in model.kernels, "several queries at a time"
+    actual, expected = (seen[kernels]["layers.0.attn.context"] for kernels in (place, "mlx"))
+    assert np.abs(actual - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def _layers(model: engine.Engine, kind: str) -> list[int]:
+    return [i for i, found in enumerate(model.config.layer_types) if found == kind]
 
 
 @pytest.mark.parametrize(

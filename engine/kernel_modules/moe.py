@@ -1,63 +1,24 @@
-"""The mixture-of-experts block with its routed part in the engine's own Metal kernels, on the host or an Apple GPU.
+"""The mixture-of-experts block by kernel_router, the routed matmuls over a GGUF file's blocks (expert-major for several
+tokens, by vector for one) and kernel_swiglu. The router's logits, the shared experts and the weighted sum stay MLX's.
 
-What it computes is engine/moe.py's; what computes it is kernel_router, the routed matmuls over the GGUF file's blocks
-(expert-major for several tokens, by vector for one) and kernel_swiglu. The router's logits, the shared experts and the
-weighted sum stay MLX's. On the host, arrays leave MLX and come back at this block's edge; on an Apple GPU they stay.
 L tokens, D hidden_size, F width of an expert, K experts a token.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from engine.checkpoint import PROJECTIONS, Blocks
+from engine.checkpoint import Blocks
 from engine.config import Config
-from engine.metal.kernels import apple, host, ops
-from engine.model import Decoder
+from engine.kernel_modules.place import Note, Place
+from engine.metal.kernels import ops
 from engine.module import Module
 from engine.moe import Experts, MoE
-from engine.probes import Probe, to_numpy
-
-# Called with the probe that a launch is for and the kernel's name, by what launches it.
-Note = Callable[[str, str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where kernels run: how they are launched, how MLX's arrays come in and go out, and what holds the weights."""
-
-    launch: Callable[..., list[Any]]
-    enter: Callable[[mx.array], Any]
-    leave: Callable[[Any], mx.array]
-    hold: Callable[[np.ndarray[Any, Any]], Any]
-
-
-def _same(x: Any) -> Any:
-    return x
-
-
-# By the names that `engine.load` takes.
-PLACES: Mapping[str, Place] = {
-    "host": Place(launch=host.run, enter=to_numpy, leave=mx.array, hold=_same),
-    "metal": Place(launch=apple.run, enter=_same, leave=_same, hold=mx.array),
-}
-
-
-def install(model: Decoder, config: Config, blocks: Mapping[str, Blocks], place: Place, note: Note) -> None:
-    """Put our kernels in the place of every layer's routed experts, whose stacks `blocks` holds by name."""
-    for i, layer in enumerate(model.model.layers):
-        stacks = {p: blocks[f"model.layers.{i}.mlp.experts.{p}_proj.weight"] for p in PROJECTIONS}
-        layer.mlp = KernelMoE(config, stacks, place, _scoped(note, f"layers.{i}.moe"))
-
-
-def _scoped(note: Note, prefix: str) -> Note:
-    return lambda probe, kernel: note(f"{prefix}.{probe}", kernel)
+from engine.probes import Probe
 
 
 class KernelMoE(MoE):
@@ -66,7 +27,7 @@ class KernelMoE(MoE):
     def __init__(self, config: Config, stacks: Mapping[str, Blocks], place: Place, note: Note) -> None:
         super().__init__(config, (None, None, None))
         self._place = place
-        self._run = partial(place.launch, note=partial(note, "experts"))
+        self._run = place.run(note, "experts")
         self.experts = KernelExperts(config, stacks, place, note)
 
     def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
@@ -98,7 +59,7 @@ class KernelExperts(Experts):
         rows, chosen = self._place.enter(x)[0], self._place.enter(ids)[0]
         gate = self._project("gate", rows, chosen)
         up = self._project("up", rows, chosen)
-        act = ops.swiglu(gate, up, self.limit, run=self._run("act"))
+        act = ops.swiglu(gate, up, self.limit, run=self._place.run(self._note, "act"))
         down = self._project("down", act, chosen)
         values = {"gate": gate, "up": up, "act": act, "down": down}
         out = {name: self._place.leave(value)[None] for name, value in values.items()}
@@ -106,9 +67,6 @@ class KernelExperts(Experts):
             for name, value in out.items():
                 probe(name, value)
         return out["down"]
-
-    def _run(self, name: str) -> ops.Run:
-        return partial(self._place.launch, note=partial(self._note, name))
 
     def _project(self, name: str, x: Any, ids: Any) -> Any:
         """x (L, in) or (L, K, in) by the stack's experts `ids` → (L, K, out).
@@ -120,4 +78,4 @@ class KernelExperts(Experts):
         kind, data = self._stacks[name]
         product = ops.mul_mv_id if len(ids) == 1 and ops.dtype_name(x) == "float32" else ops.mul_mm_id
         with np.errstate(over="ignore"):  # an infinity is a result too, and the audit names it
-            return product(x, data, ids, kind, run=self._run(name)).astype(x.dtype)
+            return product(x, data, ids, kind, run=self._place.run(self._note, name)).astype(x.dtype)
