@@ -89,10 +89,15 @@ def quantized_matmul(
     codes, scales, biases = quantized
     one_group = scales.shape[-1] == 1
     tall = x.dtype == mx.float32 and group_size == 128 and x.shape[-2] > 32
-    if (one_group or tall) and mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu):
+    if (one_group or tall) and on_cuda():
         w = mx.dequantize(codes, scales, biases, group_size=group_size, bits=bits)
         return x @ (w.swapaxes(-1, -2) if transpose else w)
     return mx.quantized_matmul(x, codes, scales, biases, transpose=transpose, group_size=group_size, bits=bits)
+
+
+def on_cuda() -> bool:
+    """Whether MLX computes on its CUDA backend."""
+    return mx.cuda.is_available() and mx.default_device() == mx.Device(mx.gpu)
 
 
 def gather_mm(x: mx.array, stack: mx.array, ids: mx.array, *, in_order: bool) -> mx.array:

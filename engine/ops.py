@@ -5,10 +5,45 @@ Thin: each calls what the model itself calls, so that judging these judges the m
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec
+
 import mlx.core as mx
 
 from engine import layers
 from engine import router as routing
+from engine import sdpa as attention
+
+P = ParamSpec("P")
+
+
+def any_layout(op: Callable[P, mx.array]) -> Callable[P, mx.array]:
+    """`op` for operands that lie in memory in any way, on CUDA too.
+
+    There MLX 0.32.4 multiplies some views wrongly and loses the device over others (docs/evidence/cuda-contracts.md),
+    so operands are copied first. The model's own operands are none of those views, and its modules call `op` itself.
+    """
+
+    @functools.wraps(op)
+    def settled(*args: P.args, **kwargs: P.kwargs) -> mx.array:
+        if not layers.on_cuda():
+            return op(*args, **kwargs)
+        call: Callable[..., mx.array] = op
+        return call(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
+
+    return settled
+
+
+def _copied(value: Any) -> Any:
+    """Arrays, in tuples too, in memory of their own: mx.contiguous alone would keep an offset into other memory."""
+    if isinstance(value, tuple):
+        return tuple(map(_copied, value))
+    return mx.contiguous(mx.where(True, value, value)) if isinstance(value, mx.array) else value
+
+
+sdpa = any_layout(attention.sdpa)
+quantized_sdpa = any_layout(attention.quantized_sdpa)
 
 
 def softmax(x: mx.array) -> mx.array:
@@ -31,11 +66,13 @@ def swiglu(gate: mx.array, up: mx.array, *, limit: float | None = None) -> mx.ar
     return layers.swiglu(gate, up, limit)
 
 
+@any_layout
 def matmul(a: mx.array, b: mx.array) -> mx.array:
     """a [..., M, K] @ b [..., K, N] -> [..., M, N]."""
     return a @ b
 
 
+@any_layout
 def quantized_matmul(
     x: mx.array,
     codes: mx.array,
@@ -62,6 +99,7 @@ def quantize(w: mx.array, *, group_size: int, bits: int) -> tuple[mx.array, mx.a
     return codes, scales, biases
 
 
+@any_layout
 def moe_matmul(x: mx.array, w: mx.array, ids: mx.array) -> mx.array:
     """x [T, K], w [E, M, K], ids [T, k] -> [T, k, M]: each token times the matrices of its experts."""
     stack = w.astype(mx.float32) if mx.default_device() == mx.Device(mx.cpu) else w
