@@ -25,7 +25,7 @@ IMPLEMENTATIONS = {
     "quantized_sdpa": "engine.ops:quantized_sdpa",
     "attention_mask": "engine.masks:attention_mask",
     "penalties": "engine.penalties:penalties",
-    "sampler": "engine.sampling:sampler",
+    "sampler": "engine.ops:sampler",
     "kv_cache": "engine.caches:KVCache",
     "rotating_kv_cache": "engine.caches:RotatingKVCache",
     "chunked_kv_cache": "engine.caches:ChunkedKVCache",

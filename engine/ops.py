@@ -7,29 +7,31 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any, ParamSpec
+from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 
 from engine import layers
 from engine import router as routing
+from engine import sampling
 from engine import sdpa as attention
 
 P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def any_layout(op: Callable[P, mx.array]) -> Callable[P, mx.array]:
+def any_layout(op: Callable[P, R]) -> Callable[P, R]:
     """`op` for operands that lie in memory in any way, on CUDA too.
 
-    There MLX 0.32.4 multiplies some views wrongly and loses the device over others (docs/evidence/cuda-contracts.md),
-    so operands are copied first. The model's own operands are none of those views, and its modules call `op` itself.
+    There MLX 0.32.4 reads some views wrongly and loses the device over others (docs/evidence/cuda-contracts.md), so
+    operands are copied first. The model's own operands are none of those views, and its modules call `op` itself.
     """
 
     @functools.wraps(op)
-    def settled(*args: P.args, **kwargs: P.kwargs) -> mx.array:
+    def settled(*args: P.args, **kwargs: P.kwargs) -> R:
         if not layers.on_cuda():
             return op(*args, **kwargs)
-        call: Callable[..., mx.array] = op
+        call: Callable[..., R] = op
         return call(*map(_copied, args), **{name: _copied(value) for name, value in kwargs.items()})
 
     return settled
@@ -42,6 +44,7 @@ def _copied(value: Any) -> Any:
     return mx.contiguous(mx.where(True, value, value)) if isinstance(value, mx.array) else value
 
 
+sampler = any_layout(sampling.sampler)
 sdpa = any_layout(attention.sdpa)
 quantized_sdpa = any_layout(attention.quantized_sdpa)
 
@@ -93,6 +96,7 @@ def quantized_matmul(
     return y.astype(x.dtype)
 
 
+@any_layout
 def quantize(w: mx.array, *, group_size: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
     """w [..., K] -> codes uint32 [..., K·bits/32], scales and biases [..., K/group_size] in w's dtype (MLX affine)."""
     codes, scales, biases = mx.quantize(w, group_size=group_size, bits=bits)

@@ -50,11 +50,13 @@ def test_on_cuda_an_op_gets_the_same_values_in_memory_of_their_own(
         assert address(copy) % 16 == fresh % 16, "not at an offset into other memory"
 
 
-@pytest.mark.parametrize("name", ["matmul", "quantized_matmul", "moe_matmul", "sdpa", "quantized_sdpa"])
-def test_every_product_takes_any_layout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+@pytest.mark.parametrize(
+    "name", ["matmul", "quantized_matmul", "quantize", "moe_matmul", "sampler", "sdpa", "quantized_sdpa"]
+)
+def test_what_mlx_gets_wrong_takes_any_layout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     copied: list[Any] = []
     monkeypatch.setattr(layers, "on_cuda", lambda: True)
     monkeypatch.setattr(ops, "_copied", lambda value: copied.append(value) or value)
-    with pytest.raises(TypeError, match="missing"):
-        getattr(ops, name)(mx.zeros(1))
-    assert len(copied) == 1
+    with pytest.raises(TypeError):
+        getattr(ops, name)(unknown := mx.zeros(1), missing=unknown)
+    assert len(copied) == 2
