@@ -11,9 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
 
-from engine import layers
+from engine import layers, sampling
 from engine import router as routing
-from engine import sampling
 from engine import sdpa as attention
 
 P = ParamSpec("P")
