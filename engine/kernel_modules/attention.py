@@ -1,11 +1,9 @@
 """Attention with RoPE by kernel_rope, a single query by kernel_attention, and kernel_softmax over quantised keys.
 
-The kernels take one sequence. S keys, Hq and Hkv heads, Dh head_dim, L new tokens.
+B batch, L new tokens, S keys, Hq and Hkv heads, Dh head_dim.
 """
 
 from __future__ import annotations
-
-from functools import partial
 
 import mlx.core as mx
 
@@ -20,7 +18,7 @@ from engine.metal.table import MOST_HEAD_DIM
 
 
 class KernelAttention(Attention):
-    """(1, L, D) → (1, L, D): what engine/attention.py computes, with the kernels that there are; `note` is told."""
+    """(B, L, D) → (B, L, D): what engine/attention.py computes, with the kernels that there are; `note` is told."""
 
     def __init__(self, config: Config, place: Place, note: Note) -> None:
         super().__init__(config)
@@ -34,9 +32,11 @@ class KernelAttention(Attention):
         return super().attend(q, keys, values, mask, cache)
 
     def _single(self, q: mx.array, keys: mx.array, values: mx.array, mask: Mask) -> mx.array:
-        """q (1, Hq, 1, Dh), keys and values (1, Hkv, S, Dh), mask None or bool of S elements → (1, Hq, 1, Dh)."""
+        """q (B, Hq, 1, Dh), keys and values (B, Hkv, S, Dh), mask None or bool, one row or B → (B, Hq, 1, Dh)."""
         enter, sinks = self._place.enter, self.get("sinks")
-        shown = mask.reshape(1, -1) if isinstance(mask, mx.array) else None  # a single query sees all that is causal
+        B, S = keys.shape[0], keys.shape[2]
+        # "causal" hides nothing from the last token.
+        shown = mx.broadcast_to(mask.reshape(-1, S), (B, S)) if isinstance(mask, mx.array) else None
         context = ops.attention(
             enter(q[:, :, 0]),
             enter(keys),
@@ -54,7 +54,10 @@ class KernelAttention(Attention):
         return place.leave(ops.softmax(place.enter(scores), run=place.run(self._note, "context")))
 
     def rope(self, x: mx.array, offset: int | mx.array, probe: str) -> mx.array:
-        """(1, H, L, Dh) at positions offset…, as Attention.rope."""
+        """(B, H, L, Dh) at positions offset…, as Attention.rope."""
         place = self._place
-        turn = partial(ops.rope, offset=int(offset), theta=self.rope_theta, run=place.run(self._note, probe))
-        return place.leave(turn(place.enter(x.swapaxes(1, 2))[0]))[None].swapaxes(1, 2)
+        B, H, L, Dh = x.shape
+        positions = mx.broadcast_to(mx.array(offset).reshape(-1, 1) + mx.arange(L), (B, L)).flatten()
+        tokens = place.enter(x.swapaxes(1, 2).reshape(B * L, H, Dh))
+        turned = ops.rope(tokens, place.enter(positions), self.rope_theta, run=place.run(self._note, probe))
+        return place.leave(turned).reshape(B, L, H, Dh).swapaxes(1, 2)

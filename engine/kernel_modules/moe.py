@@ -1,7 +1,7 @@
 """The mixture-of-experts block by kernel_router, the routed matmuls over a GGUF file's blocks (expert-major for several
 tokens, by vector for one) and kernel_swiglu. The router's logits, the shared experts and the weighted sum stay MLX's.
 
-L tokens, D hidden_size, F width of an expert, K experts a token.
+B batch, L tokens, D hidden_size, F width of an expert, K experts a token.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ class KernelMoE(MoE):
         self.experts = KernelExperts(config, stacks, place, note)
 
     def choose(self, logits: mx.array) -> tuple[mx.array, mx.array]:
-        """(1, L, E) float32 logits → (1, L, K) int32 ids and float32 weights, best first."""
+        """(B, L, E) float32 logits → (B, L, K) int32 ids and float32 weights, best first."""
         config, place, bias = self._config, self._place, self.gate.get("e_score_correction_bias")
         ids, weights = ops.route(
-            place.enter(logits)[0],
+            place.enter(logits.reshape(-1, logits.shape[-1])),
             None if bias is None else place.enter(bias),
             config.num_experts_per_tok,
             config.scoring_func,
@@ -42,11 +42,12 @@ class KernelMoE(MoE):
             normalise=config.norm_topk_prob,
             factor=config.routed_scaling_factor,
         )
-        return place.leave(ids)[None], place.leave(weights)[None]
+        shape = (*logits.shape[:-1], -1)
+        return place.leave(ids).reshape(shape), place.leave(weights).reshape(shape)
 
 
 class KernelExperts(Experts):
-    """(1, L, D) and (1, L, K) ids → (1, L, K, D), every step rounded to the dtype of x as it leaves a kernel."""
+    """(B, L, D) and (B, L, K) ids → (B, L, K, D), every step rounded to the dtype of x as it leaves a kernel."""
 
     def __init__(self, config: Config, stacks: Mapping[str, Blocks], place: Place, note: Note) -> None:
         Module.__init__(self)  # Experts would make parameters of its own
@@ -56,20 +57,21 @@ class KernelExperts(Experts):
         self._stacks = {name: (stack.kind, place.hold(stack.data)) for name, stack in stacks.items()}
 
     def __call__(self, x: mx.array, ids: mx.array, probe: Probe | None = None) -> mx.array:
-        rows, chosen = self._place.enter(x)[0], self._place.enter(ids)[0]
+        rows = self._place.enter(x.reshape(-1, x.shape[-1]))
+        chosen = self._place.enter(ids.reshape(-1, ids.shape[-1]))
         gate = self._project("gate", rows, chosen)
         up = self._project("up", rows, chosen)
         act = ops.swiglu(gate, up, self.limit, run=self._place.run(self._note, "act"))
         down = self._project("down", act, chosen)
         values = {"gate": gate, "up": up, "act": act, "down": down}
-        out = {name: self._place.leave(value)[None] for name, value in values.items()}
+        out = {name: self._place.leave(value).reshape(*ids.shape, -1) for name, value in values.items()}
         if probe is not None:
             for name, value in out.items():
                 probe(name, value)
         return out["down"]
 
     def _project(self, name: str, x: Any, ids: Any) -> Any:
-        """x (L, in) or (L, K, in) by the stack's experts `ids` → (L, K, out).
+        """x (B·L, in) or (B·L, K, in) by the stack's experts `ids` → (B·L, K, out).
 
         The vector kernel keeps weights in float32. A float16 run's weights are their values rounded to float16, which
         the expert-major kernel multiplies, so there it serves single tokens too: by vector, outputs were off by up to

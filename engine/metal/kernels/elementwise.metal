@@ -8,7 +8,6 @@ struct RopeArgs {
     int T;
     int H;
     int D;
-    int offset;
     float theta;
 };
 
@@ -21,23 +20,24 @@ struct SwigluArgs {
 };
 
 // kernel_rope_{f32,f16,bf16}: rotates the pairs (j, j + D/2) of each head by position·theta^(−2j/D).
-//   buffers      0 RopeArgs; 1 x [T, H, D]; 2 out [T, H, D]; D even; token t is at position offset + t
+//   buffers      0 RopeArgs; 1 x [T, H, D]; 2 positions int [T]; 3 out [T, H, D]; D even
 //   threadgroups (⌈D/2/32⌉, H, T)   threads (32, 1, 1)   threadgroup bytes 0
 // Positions and angles are float: half can't hold a position above 2048, bfloat one above 256.
 template <typename X>
 kernel void kernel_rope(constant RopeArgs & args [[buffer(0)]],
                         device const X * x [[buffer(1)]],
-                        device X * out [[buffer(2)]],
-                        uint3 position [[thread_position_in_grid]]) {
-    const int j = position.x;
+                        device const int * positions [[buffer(2)]],
+                        device X * out [[buffer(3)]],
+                        uint3 at [[thread_position_in_grid]]) {
+    const int j = at.x;
     const int pairs = args.D / 2;
     if (j >= pairs) {
         return;
     }
-    const float angle = float(args.offset + int(position.z)) * precise::pow(args.theta, -float(j) / float(pairs));
+    const float angle = float(positions[at.z]) * precise::pow(args.theta, -float(j) / float(pairs));
     const float c = precise::cos(angle);
     const float s = precise::sin(angle);
-    const ulong head = (ulong(position.z) * args.H + position.y) * args.D;
+    const ulong head = (ulong(at.z) * args.H + at.y) * args.D;
     const float a = float(x[head + j]);
     const float b = float(x[head + j + pairs]);
     out[head + j] = X(a * c - b * s);

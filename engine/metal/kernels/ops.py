@@ -109,11 +109,14 @@ def softmax(x: Array, mask: Array | None = None, scale: float = 1.0, *, run: Run
     return run(plan, [args, _as_is(x), _optional(mask, "uint8")], [_like(x)])[0]
 
 
-def rope(x: Array, offset: int, theta: float, *, run: Run) -> Array:
-    """x (T, H, D) → (T, H, D): pairs (j, j + D/2) rotated by (offset + t)·theta^(−2j/D)."""
+def rope(x: Array, positions: Array, theta: float, *, run: Run) -> Array:
+    """x (T, H, D) and int32 positions (T,) → (T, H, D): pairs (j, j + D/2) rotated by position·theta^(−2j/D)."""
     tokens, heads, head_dim = x.shape
+    if tuple(positions.shape) != (tokens,):
+        raise ValueError(f"positions are {tuple(positions.shape)}; one for each of {tokens} tokens is expected")
     plan = table.plan_rope(dtype_name(x), tokens, heads, head_dim)
-    return run(plan, [pack("iiiif", tokens, heads, head_dim, offset, theta), _as_is(x)], [_like(x)])[0]
+    operands: list[Operand] = [pack("iiif", tokens, heads, head_dim, theta), _as_is(x), (positions, "int32")]
+    return run(plan, operands, [_like(x)])[0]
 
 
 def swiglu(gate: Array, up: Array, limit: float | None = None, weights: Array | None = None, *, run: Run) -> Array:

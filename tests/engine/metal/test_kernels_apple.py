@@ -41,7 +41,7 @@ CALLS: dict[str, Callable[[Op, Op], Any]] = {
     "swiglu": lambda op, a: op(ops.swiglu, a(draw(3, 130)), a(draw(3, 130)), 1.5, a(draw(3))),
     "rms_norm": lambda op, a: op(ops.rms_norm, a(draw(3, 70, dtype=np.float16)), a(draw(70, dtype=np.float16)), 1e-6),
     "softmax": lambda op, a: op(ops.softmax, a(draw(4, 300)), a(draw(4, 300) > 0), 0.5),
-    "rope": lambda op, a: op(ops.rope, a(draw(3, 2, 66)), 300, 1e4),
+    "rope": lambda op, a: op(ops.rope, a(draw(3, 2, 66)), a(np.arange(300, 303)), 1e4),
     "attention": lambda op, a: op(
         ops.attention,
         *(a(draw(*shape, dtype=ml_dtypes.bfloat16)) for shape in ((2, 4, 40), (2, 2, 9, 40), (2, 2, 9, 6))),
@@ -124,4 +124,4 @@ def test_short_and_absent_operands_are_padded_into_device_memory(on_host: OnHost
 @pytest.mark.skipif(mx.metal.is_available(), reason="here MLX has Metal")
 def test_without_metal_mlx_says_so() -> None:
     with pytest.raises(RuntimeError, match="No Metal back-end"):
-        ops.rope(mx.zeros((1, 1, 2)), 0, 1e4, run=apple.run)
+        ops.rope(mx.zeros((1, 1, 2)), mx.zeros(1), 1e4, run=apple.run)

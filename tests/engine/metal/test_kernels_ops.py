@@ -87,22 +87,24 @@ def test_softmax_of_a_shifted_row(offset: float) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
-    ("tokens", "heads", "D", "offset"), [(1, 1, 2, 0), (3, 2, 64, 5), (2, 3, 66, 300), (2, 1, 130, 40000)]
+    ("heads", "D", "positions"), [(1, 2, [0]), (2, 64, [5, 6, 7]), (3, 66, [300, 2]), (1, 130, [40000, -3])]
 )
-def test_rope(name: str, tokens: int, heads: int, D: int, offset: int) -> None:
-    x, x64 = draw([4, D], name, tokens, heads, D)
+def test_rope(name: str, heads: int, D: int, positions: list[int]) -> None:
+    """Positions in any order, as a batch of rows has them; below 0 in a row's padding."""
+    x, x64 = draw([4, D], name, len(positions), heads, D)
     theta = 10000.0
-    actual = host.rope(x, offset, theta)
+    at = np.array(positions, np.int32)
+    actual = host.rope(x, at, theta)
     half = D // 2
-    angle = (offset + np.arange(tokens))[:, None, None] * theta ** (-np.arange(half) / half)
+    angle = at[:, None, None] * theta ** (-np.arange(half) / half)
     a, b = x64[..., :half], x64[..., half:]
     expected = np.concatenate([a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)], axis=-1)
     # The exponent rounds (times ln theta), pow and the product with the position: an error of the angle. Then sines
     # and three operations, of the pair's length.
     relative = (np.log(theta) + 4) * U32
     length = np.tile(np.hypot(a, b), 2)
-    bound = length * (np.tile(np.broadcast_to(angle, a.shape), 2) * relative + 8 * U32)
-    assert_within(actual, expected, stored(name, expected, bound), f"{name} D {D} offset {offset}")
+    bound = length * (np.abs(np.tile(np.broadcast_to(angle, a.shape), 2)) * relative + 8 * U32)
+    assert_within(actual, expected, stored(name, expected, bound), f"{name} D {D} positions {positions}")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -325,7 +327,7 @@ def test_checked_runs_are_clean() -> None:
     host.rms_norm(x, x[0], 1e-6, checked=True, schedule_seed=1)
     host.softmax(x, x > -1, checked=True, schedule_seed=1)
     host.swiglu(x, x, 1.0, x[:, 0], checked=True)
-    host.rope(x.reshape(3, 1, 70), 3, 10000.0, checked=True)
+    host.rope(x.reshape(3, 1, 70), np.arange(3, 6), 10000.0, checked=True)
     host.route(x, x[0], 6, "softmax", checked=True, schedule_seed=1)
     k, _ = draw(15, "f32", 3, 1, 9, 70)
     mask = np.arange(9) != 3
@@ -340,7 +342,9 @@ def test_what_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match="is not of the shape of x"):
         host.softmax(x, np.ones((2, 3), bool))
     with pytest.raises(ValueError, match="head_dim is 3; RoPE pairs its halves"):
-        host.rope(np.zeros((1, 1, 3), np.float32), 0, 1e4)
+        host.rope(np.zeros((1, 1, 3), np.float32), np.zeros(1), 1e4)
+    with pytest.raises(ValueError, match="one for each of 2 tokens"):
+        host.rope(np.zeros((2, 1, 4), np.float32), np.zeros(1), 1e4)
     with pytest.raises(ValueError, match="are not one a row"):
         host.swiglu(x, x, weights=np.ones(3, np.float32))
     with pytest.raises(ValueError, match="top_k is 5 of 4 experts"):
