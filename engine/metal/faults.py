@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from engine.metal.lines import Place, user_place
+from engine.metal.lines import Place, place_behind, user_place
 from engine.metal.worker import FaultRecord
 
 KINDS = (
@@ -61,6 +61,7 @@ class Launched:
     module: Path
     threads: Triple
     threadgroups: Triple
+    grid: Triple
     constant_buffers: frozenset[int]
     unbound: frozenset[int]
     variables: Mapping[int, str]
@@ -73,18 +74,30 @@ def _position(index: int, extent: Triple) -> Triple | None:
     return index % extent[0], index // extent[0] % extent[1], index // (extent[0] * extent[1])
 
 
+def _thread_position(index: int, group: int, launched: Launched) -> Triple | None:
+    """A thread's position from its linear index in a threadgroup, which is smaller at the edge of a grid. None for a
+    lane that the threadgroup doesn't have: its last simdgroup may not be full."""
+    at = _position(group, launched.threadgroups) or (0, 0, 0)
+    edges = zip(launched.threads, launched.grid, at, strict=True)
+    x, y, z = (min(most, whole - place * most) for most, whole, place in edges)
+    return _position(index, (x, y, z)) if index < x * y * z else None
+
+
 def read(record: FaultRecord, launched: Launched) -> Fault | None:
     """A Fault from the worker's record; None for two barriers that turn out to stand on one line (unrolled loops)."""
     place = user_place(launched.module, [pc for pc in record.pcs if pc])
     other = user_place(launched.module, [pc for pc in record.other_pcs if pc])
     kind = KINDS[record.kind]
+    if kind == "crash" and place is None and record.pcs[0]:
+        place = place_behind(launched.module, record.pcs[0])
     if kind == "barrier-divergence" and place is not None and place == other:
         return None
     space = _SPACES[record.space]
     if space == "device" and record.buffer in launched.constant_buffers:
         space = "constant"
-    thread = _position(record.thread, launched.threads)
-    other_thread = _position(record.other_thread, launched.threads)
+    thread = _thread_position(record.thread, record.threadgroup, launched)
+    others = record.threadgroup if record.other_threadgroup < 0 else record.other_threadgroup
+    other_thread = _thread_position(record.other_thread, others, launched)
     threadgroup = _position(record.threadgroup, launched.threadgroups)
     message = record.message.decode(errors="replace") or _words(kind, record, launched, space, place, other)
     if kind == "race" and other is not None:
@@ -116,7 +129,8 @@ def read(record: FaultRecord, launched: Launched) -> Fault | None:
 
 
 def merged(found: Sequence[Fault]) -> tuple[Fault, ...]:
-    """The same faults, with the parts of one access as one: the compiler splits a float4 into four floats."""
+    """The same faults, with the parts of one access as one: the compiler splits a float4 into floats. What one line
+    does to one memory is told once, however often the compiler has unrolled its loop."""
     kept: list[Fault] = []
     for fault in found:
         before = next((at for at, other in enumerate(kept) if _continues(fault, other)), None)
@@ -127,7 +141,15 @@ def merged(found: Sequence[Fault]) -> tuple[Fault, ...]:
         size = max((first.size or 0), (fault.offset or 0) - (first.offset or 0) + (fault.size or 0))
         message = first.message.replace(f" {first.size} bytes at ", f" {size} bytes at ", 1)
         kept[before] = replace(first, size=size, message=message)
-    return tuple(kept)
+    told: dict[tuple[object, ...], Fault] = {}
+    for number, fault in enumerate(kept):
+        told.setdefault(_story(fault) if fault.line is not None else (number,), fault)
+    return tuple(told.values())
+
+
+def _story(fault: Fault) -> tuple[object, ...]:
+    """What two faults have in common if one line does the same thing twice."""
+    return fault.kind, fault.file, fault.line, fault.other_line, fault.address_space, fault.buffer, fault.variable
 
 
 def _continues(fault: Fault, other: Fault) -> bool:
@@ -167,7 +189,8 @@ def _buffer_name(record: FaultRecord, launched: Launched, space: str | None) -> 
 
 
 def _who(record: FaultRecord, launched: Launched) -> str:
-    thread, group = _position(record.thread, launched.threads), _position(record.threadgroup, launched.threadgroups)
+    thread = _thread_position(record.thread, record.threadgroup, launched)
+    group = _position(record.threadgroup, launched.threadgroups)
     parts = [f"thread {thread}"] if thread else []
     return " of ".join([*parts, f"threadgroup {group}"] if group else parts)
 
@@ -176,12 +199,15 @@ def _words(
     kind: str, record: FaultRecord, launched: Launched, space: str | None, place: Place | None, other: Place | None
 ) -> str:
     who = _who(record, launched)
-    rest = _position(record.other_thread, launched.threads)
+    rest = _thread_position(record.other_thread, record.threadgroup, launched)
     if kind == "barrier-divergence":
         fate = f"waits at the one at line {other.line}" if other else "has ended"
         return f"threadgroup_barrier not reached by all: {who} waits here while thread {rest} {fate}"
     if kind == "simdgroup-divergence":
         op = _OPS[record.op] if 0 <= record.op < len(_OPS) else "a simdgroup operation"
+        if rest is None:
+            lane = record.other_thread % _SIMD_WIDTH
+            return f"{op} needs lane {lane}, which this simdgroup doesn't have: {who} is here"
         return f"{op} needs a lane that takes no part: {who} is here, thread {rest} is not"
     if kind == "timeout":
         return f"stopped after {launched.timeout:g} s" + (f", {who} running" if who else "")

@@ -288,6 +288,7 @@ class Launch:
             module=kernel.module,
             threads=self.shape.threads,
             threadgroups=self.shape.threadgroups,
+            grid=self.shape.grid,
             constant_buffers=frozenset(i for i, p in kernel.buffers.items() if p.address_space == "constant"),
             unbound=self.unbound,
             variables=kernel.variables,

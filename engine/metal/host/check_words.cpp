@@ -48,6 +48,15 @@ void word_bounds(Line& line, const rt::Fault& fault, const Region& region) {
   }
 }
 
+// Threads of the other party's threadgroup: fewer than the launch's at the edge of a grid.
+rt::Vec3 shape_of(const rt::Fault& fault, const Other& other, const rt::GroupInfo& group) {
+  if (other.same_threadgroup || fault.other_threadgroup < 0) return group.threads;
+  uint32_t linear = static_cast<uint32_t>(fault.other_threadgroup), x = group.threadgroups.x, y = group.threadgroups.y;
+  auto least = [](uint32_t most, uint32_t whole, uint32_t at) { return most < whole - at * most ? most : whole - at * most; };
+  rt::Vec3 most = group.dispatch_threads, whole = group.grid;
+  return {least(most.x, whole.x, linear % x), least(most.y, whole.y, linear / x % y), least(most.z, whole.z, linear / x / y)};
+}
+
 void word_race(Line& line, const rt::Fault& fault, unsigned access, const Other& other, const rt::GroupInfo& group) {
   const char* what = other.read ? "read" : other.atomic ? "atomic write" : "write";
   const char* article = other.known ? "the" : other.atomic ? "an" : "a";
@@ -55,7 +64,7 @@ void word_race(Line& line, const rt::Fault& fault, unsigned access, const Other&
   if (!other.known) {
     line.add("another thread");
   } else {
-    line.position("thread", group.threads, static_cast<uint32_t>(fault.other_thread));
+    line.position("thread", shape_of(fault, other, group), static_cast<uint32_t>(fault.other_thread));
   }
   if (other.known && !other.same_threadgroup) {
     if (fault.other_threadgroup < 0) {
