@@ -25,7 +25,7 @@ from engine.metal.errors import CompileError, MetalError
 
 HOST = Path(__file__).parent / "host"
 _RUNTIME = (
-    "address_space.cpp", "guard_gaps.cpp", "host_threads.cpp", "runtime.cpp", "scheduler.cpp",
+    "address_space.cpp", "division.cpp", "guard_gaps.cpp", "host_threads.cpp", "runtime.cpp", "scheduler.cpp",
     "signals.cpp", "threadgroup_memory.cpp", "worker.cpp",
 )  # fmt: skip
 _CHECKERS = "check*.cpp"
@@ -64,7 +64,8 @@ _CHECKED = (
     "-mllvm", "-tsan-instrument-read-before-write=1", "-mllvm", "-tsan-instrument-func-entry-exit=0",
     # Two accesses merged into one would have no line.
     "-mllvm", "-simplifycfg-sink-common=false", "-mllvm", "-simplifycfg-hoist-common=false",
-    "-mllvm", "-enable-tail-merge=false",
+    "-mllvm", "-enable-tail-merge=false", "-mllvm", "-simplifycfg-merge-cond-stores=false",
+    "-mllvm", "-simplifycfg-hoist-cond-stores=false",
 )  # fmt: skip
 _DIAGNOSTIC = re.compile(r"^(?P<file>[^\n:]+):(?P<line>\d+):\d+: (?:fatal )?error: (?P<text>.*)$", re.MULTILINE)
 

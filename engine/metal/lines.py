@@ -20,6 +20,13 @@ HOST = str(Path(__file__).parent / "host")
 _IN_HOST = "/".join(Path(__file__).parts[-3:-1]) + "/host/"  # the compiler shortens paths below its working folder
 
 
+# The optimiser makes one access of two in the branches of an `if`, which then has no line: it stands a few instructions
+# behind one that has.
+_NEAR = 48
+# Bytes of code at the beginning of a function that are not the user's: room for its frame, its arguments.
+_PROLOGUE = 1024
+
+
 @dataclass(frozen=True)
 class Place:
     file: str
@@ -72,7 +79,7 @@ class _Table:
     def places(self, address: int) -> list[Place]:
         """The line at an address, innermost first, then the calls that it was inlined through."""
         at = bisect.bisect_right(self._starts, address) - 1
-        if at < 0 or not self.rows[at][0] <= address < self.rows[at][1]:
+        if at < 0 or address >= self.rows[at][1] + _NEAR:
             return []
         calls = sorted((c for c in self.calls if c[0] <= address < c[1]), key=lambda call: call[1] - call[0])
         return [self.rows[at][2], *(call[2] for call in calls)]
@@ -129,14 +136,23 @@ def user_place(module: Path, addresses: Iterable[int]) -> Place | None:
     """The first place of a list of return addresses (innermost first) that lies in the user's source, if any."""
     for address in addresses:
         for place in _places(module, address - 1):
-            if (
-                not place.file.startswith((HOST, _IN_HOST, "runtime.h", "kernel.", "<"))
-                and "/making-" not in place.file
-                and "/lib/libcxx/" not in place.file
-                and place.line
-            ):
+            if _is_users(place):
                 return place
     return None
+
+
+def place_behind(module: Path, address: int) -> Place | None:
+    """The first place in the user's source behind an address: where a function without room for its frame begins."""
+    if sys.platform == "darwin":
+        return None
+    table = _table(module)
+    behind = (place for start, _, place in table.rows if address <= start < address + _PROLOGUE)
+    return next((place for place in behind if _is_users(place)), None)
+
+
+def _is_users(place: Place) -> bool:
+    foreign = place.file.startswith((HOST, _IN_HOST, "runtime.h", "kernel.", "<"))
+    return not foreign and "/making-" not in place.file and "/lib/libcxx/" not in place.file and place.line > 0
 
 
 def _places(module: Path, address: int) -> list[Place]:

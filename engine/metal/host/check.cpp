@@ -117,6 +117,7 @@ std::vector<Cell> fences() {
 }
 
 void renumber() {
+  forget_earlier();
   std::vector<Cell> order = fences();
   auto rank = [&order](Cell stamp) {
     return Cell(1 + (std::upper_bound(order.begin(), order.end(), stamp) - order.begin())) << kStampShift;
@@ -201,10 +202,19 @@ void begin_threadgroup(uint32_t linear_threadgroup) {
   tick();
   for (Window* window : {&state.threadgroup, &state.device}) {
     window->start = state.now;
-    fence_all(*window);
+    fence_all(*window);  // before the clock moves: what it renumbers is in order
   }
   begins.push_back({state.now, linear_threadgroup, 0});
   state.fenced = false;
+  tick();  // what has the first stamp lies before a fence
+  for (Window* window : {&state.threadgroup, &state.device}) fence_all(*window);
+}
+
+void padding(uintptr_t base, size_t size, const bool* values, size_t period) {
+  Window& window = state.threadgroup;
+  Cell* cells = window.w + (base - window.base);
+  for (size_t i = 0; i < size; i++)
+    if (!values[i % period]) cells[i] = window.start;
 }
 
 void add_threadgroup_region(const Region& region) {

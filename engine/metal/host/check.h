@@ -48,6 +48,9 @@ void threadgroup_storage(uintptr_t begin, uintptr_t end);
 void begin_threadgroup(uint32_t linear_threadgroup);
 // Arguments after begin_threadgroup; storage declared in a body when it is first used. Adding it again changes nothing.
 void add_threadgroup_region(const Region& region);
+// Bytes of a threadgroup region that are padding, where the repeating pattern `values` is false, count as written. Follows
+// add_threadgroup_region in every threadgroup.
+void padding(uintptr_t base, size_t size, const bool* values, size_t period);
 // All live threads of the threadgroup have arrived. Flags as in Metal: 1 device, 2 threadgroup; others fence nothing.
 void barrier(unsigned mem_flags);
 // The lanes of one simdgroup have arrived: orders them among themselves only.

@@ -1,6 +1,7 @@
 // Included after the user's source: makes a Kernel of `&f<…>`. C++ knows the parameters' types, the parser their attributes.
 // compiler.py's registration of each kernel asked for is an Entry and a Registration.
 #pragma once
+#include "layout.h"
 #include "runtime.h"
 
 namespace rt {
@@ -31,14 +32,14 @@ template <class T, size_t N> struct ElementOf<T[N]> : ElementOf<T> {};
 template <class T, size_t N> struct ElementOf<const T[N]> : ElementOf<T> {};
 template <class T>
 constexpr ParameterInfo points_to(bool is_const, bool pointer) {
-  return {SizeOf<T>::size, SizeOf<T>::align, is_const, pointer, !pointer, ElementOf<T>::kind, ElementOf<T>::size};
+  return {SizeOf<T>::size, SizeOf<T>::align, is_const, pointer, !pointer, ElementOf<T>::kind, ElementOf<T>::size, checked_layout<T>};
 }
 
 // How parameter type P is filled from an address or a builtin value.
 template <class P>
 struct Passing {
   using T = typename Bare<P>::type;
-  static constexpr ParameterInfo info = {SizeOf<T>::size, SizeOf<T>::align, IsConst<P>::value, false, false, 'r', 1};
+  static constexpr ParameterInfo info = {SizeOf<T>::size, SizeOf<T>::align, IsConst<P>::value, false, false, 'r', 1, nullptr};
   template <class E> static RT_INLINE void set(E& element, uint32_t value) { element = static_cast<E>(value); }
   static RT_INLINE T builtin(Vec3 value) {
     if constexpr (__is_integral(T)) {

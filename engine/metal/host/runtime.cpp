@@ -9,7 +9,9 @@
 
 namespace rt {
 
-void* threadgroup_local(const Site& site, size_t size, size_t align) { return scheduler->local(site, size, align); }
+void* threadgroup_local(const Site& site, size_t size, size_t align, LayoutOf layout) {
+  return scheduler->local(site, size, align, layout);
+}
 
 void count_matrix_op() { scheduler->counts.matrix_ops++; }
 

@@ -160,14 +160,30 @@ struct Site {
   uint32_t line;
   uint32_t id;
 };
-RT_EXPORT void* threadgroup_local(const Site& site, size_t size, size_t align);
+
+// Which bytes of a type hold values; the others are padding, which nobody writes and copies may read. The pattern repeats
+// every `period` bytes. Null: all do, or it isn't known.
+struct Layout {
+  const bool* values;
+  uint32_t period;
+};
+template <class T> Layout layout_of();                        // layout.h
+using LayoutOf = Layout (*)();
+#if __has_feature(thread_sanitizer)
+template <class T> inline constexpr LayoutOf checked_layout = layout_of<T>;
+#else
+template <class T> inline constexpr LayoutOf checked_layout = nullptr;
+#endif
+
+RT_EXPORT void* threadgroup_local(const Site& site, size_t size, size_t align, LayoutOf layout);
 
 template <class T, size_t Align = alignof(T)>
 RT_INLINE T& threadgroup_variable(const Site& site) {
-  return *static_cast<T*>(threadgroup_local(site, sizeof(T), Align));
+  return *static_cast<T*>(threadgroup_local(site, sizeof(T), Align, checked_layout<T>));
 }
 
 // ---- statistics and faults ----------------------------------------------------------------------------------------
+RT_EXPORT RT_CONVERGENT void matrix_op_reached();             // by each lane, in checked builds: the lanes are compared when they next meet
 RT_EXPORT void count_matrix_op();                             // one simdgroup_multiply_accumulate, _multiply, _load or _store: once per simdgroup
 
 enum Kind : uint32_t {
@@ -214,6 +230,7 @@ struct ParameterInfo {                                        // what only C++ k
   bool is_const, is_pointer, is_reference;
   char element;                                               // numbers that it points to: f(loat), b(float), i(nteger); r(aw): bytes, a struct
   uint8_t element_size;
+  LayoutOf layout;                                            // of the pointee, in checked builds
 };
 // addresses[i]: what parameter i points to.
 using Invoke = void (*)(void* const* addresses, const Thread& thread);

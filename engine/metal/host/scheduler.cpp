@@ -36,7 +36,8 @@ void Scheduler::begin_launch(const Launch& launch) {
   for (unsigned i = 0; i < launch.kernel->count; i++) {
     const Parameter& parameter = launch.kernel->parameters[i];
     if (parameter.kind != param_threadgroup) continue;
-    addresses_[i] = allocate(parameter.index, launch.threadgroup_memory[parameter.index], 64, nullptr).base;
+    LayoutOf layout = launch.kernel->infos[i].layout;
+    addresses_[i] = allocate(parameter.index, launch.threadgroup_memory[parameter.index], 64, nullptr, layout).base;
   }
   argument_regions_ = region_count_;
 #ifdef ASSAY_CHECKED
@@ -63,6 +64,11 @@ void Scheduler::shape(Vec3 threads) {
 
 static uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
 
+uint32_t Scheduler::lanes_of(unsigned simdgroup) const {
+  uint32_t lanes = least(kSimdWidth, info_.thread_count - simdgroup * kSimdWidth);
+  return lanes == 32 ? 0xFFFFFFFFu : (1u << lanes) - 1;
+}
+
 void Scheduler::run(uint32_t linear) {
   const Launch& launch = *launch_;
   Vec3 groups = launch.threadgroups;
@@ -81,6 +87,9 @@ void Scheduler::run(uint32_t linear) {
   for (unsigned i = 0; i < argument_regions_; i++) begin_use(regions_[i]);
   start_order();
   host_turns();
+#ifdef ASSAY_CHECKED
+  for (unsigned s = 0; s < info_.simdgroup_count; s++) compare_matrix_ops(s);
+#endif
   counts.threadgroups++;
   check_canaries();
 }
@@ -91,8 +100,7 @@ void Scheduler::start_order() {
   started_ = head_ = tail_ = 0;
   random_ = launch_->seed * 0xD1342543DE82EF95u + info_.linear_threadgroup;
   for (unsigned s = 0; s < info_.simdgroup_count; s++) {
-    uint32_t lanes = least(kSimdWidth, count - s * kSimdWidth);
-    simdgroups_[s].live = lanes == 32 ? 0xFFFFFFFFu : (1u << lanes) - 1;
+    simdgroups_[s].live = lanes_of(s);
     simdgroups_[s].waiting = 0;
   }
   uint16_t order[kMaxThreads / kSimdWidth];
@@ -213,6 +221,17 @@ void Scheduler::describe(Fault& what, const Thread& thread, bool other) const {
   backtrace(thread.context.fp, pcs + 1, kFrames - 1);
 }
 
+void Scheduler::describe_waiting(Fault& what) const {
+  const Thread* thread = current && current != &host_ ? current : nullptr;
+  for (uint32_t i = 0; i < started_ && !thread; i++)
+    if (fibers_[order_[i]]) thread = &threads_[order_[i]];
+  if (!thread || !fibers_[thread->thread_index] || !thread->context.pc) return;
+  what.thread = int32_t(thread->thread_index);
+  what.threadgroup = int32_t(info_.linear_threadgroup);
+  what.pcs[0] = reinterpret_cast<uint64_t>(thread->context.pc);
+  what.pcs[1 + backtrace(thread->context.fp, what.pcs + 1, kFrames - 2)] = 0;
+}
+
 inline __attribute__((always_inline)) Turn Scheduler::barrier([[maybe_unused]] unsigned flags) {
 #ifdef ASSAY_CHECKED
   flags_[current->thread_index] = flags;
@@ -283,6 +302,7 @@ void Scheduler::look_at_barrier() {
     record(what);
   }
 #ifdef ASSAY_CHECKED
+  for (unsigned s = 0; s < info_.simdgroup_count; s++) compare_matrix_ops(s);
   check::barrier(flags);
 #endif
 }
@@ -340,6 +360,7 @@ void Scheduler::complete(unsigned index) {
     barrier |= simdgroup.ops[lane] == op_simdgroup_barrier;
   }
 #ifdef ASSAY_CHECKED
+  if (group == lanes_of(index)) compare_matrix_ops(index);
   if (barrier) check::simd_barrier(index, flags);
 #endif
   simdgroup.lanes = {group, simdgroup.data, simdgroup.result, &simdgroup.known};
@@ -354,8 +375,7 @@ void Scheduler::complete(unsigned index) {
 
 // An operation that needs every lane, short of some: undefined in Metal, so reported.
 void Scheduler::check_participation(const Simdgroup& simdgroup, unsigned index, uint32_t group) {
-  uint32_t lanes = least(kSimdWidth, info_.thread_count - index * kSimdWidth);
-  uint32_t all = lanes == 32 ? 0xFFFFFFFFu : (1u << lanes) - 1;
+  uint32_t all = lanes_of(index);
   if (group == all) return;
   unsigned lane = unsigned(__builtin_ctz(group)), missing = unsigned(__builtin_ctz(all & ~group));
   if (simdgroup.ops[lane] < op_simdgroup_barrier) return;

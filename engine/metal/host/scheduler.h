@@ -19,6 +19,18 @@ constexpr size_t kArenaBytes = 1024 * 1024;
 constexpr size_t kArenaGap = 4096 + 64;                       // not a multiple of a page: neighbours must not share cache sets
 constexpr unsigned kMaxRegions = 128;
 
+// The matrix operations that a simdgroup's lanes have reached since they last met. Lanes don't wait for each other there
+// (simdgroup_matrix.h), so whoever comes first writes down the site, and the others are held against it.
+struct MatrixOps {
+  static constexpr uint32_t kMost = 512;                      // sites kept; later operations are only counted
+  uint32_t count;
+  bool reported;                                              // that they differ: what follows from it isn't
+  uint32_t reached[kSimdWidth];
+  uint64_t sites[kMost];
+  uint8_t first[kMost];                                       // the lane that came first
+  bool later(uint64_t site, uint32_t op) const;               // whether somebody reached it as operation `op` or after
+};
+
 struct Simdgroup {
   uint32_t live, waiting;                                     // one bit a lane
   bool uniform;                                               // all that wait came to the same site
@@ -38,6 +50,7 @@ struct StoredRegion {
   uint32_t size;
   char* base;
   const Site* site;                                           // null: an argument
+  LayoutOf layout;                                            // of what it holds; null: not known
   bool fresh;                                                 // not yet used by the running threadgroup
 };
 
@@ -50,9 +63,11 @@ class Scheduler {
 
   Turn barrier(unsigned flags);
   Turn exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
-  void* local(const Site& site, size_t size, size_t align);
+  void matrix_op(uint64_t site);
+  void* local(const Site& site, size_t size, size_t align, LayoutOf layout);
   void fiber_main();
   const Fiber* running_fiber() const;
+  void describe_waiting(Fault& what) const;                   // the thread whose turn is next, or one that lives
   bool find_region(uintptr_t address, Fault& what, bool* guess) const;  // whether threadgroup memory was meant, and which
   uint32_t threadgroup_bytes() const { return used_bytes_; }
 
@@ -70,16 +85,19 @@ class Scheduler {
   void exited(const Thread& thread);
   bool lives(const Thread& thread) const { return simdgroups_[thread.simdgroup].live >> thread.lane & 1; }
   bool any_lane_waits() const;
+  uint32_t lanes_of(unsigned simdgroup) const;                // one bit for each that the threadgroup has
   void describe(Fault& what, const Thread& thread, bool other) const;
   void release_barrier();
   bool sites_differ() const;
   void look_at_barrier();
   void complete(unsigned simdgroup);
   void check_participation(const Simdgroup& simdgroup, unsigned index, uint32_t group);
+  void compare_matrix_ops(unsigned simdgroup);                // all its lanes have met, or ended
+  void report_matrix_op(unsigned simdgroup, uint32_t op, unsigned lane);
   void unstall();
   Fiber* take_fiber();
   uint64_t random();
-  StoredRegion& allocate(int32_t buffer, uint32_t size, size_t align, const Site* site);
+  StoredRegion& allocate(int32_t buffer, uint32_t size, size_t align, const Site* site, LayoutOf layout);
   void begin_use(StoredRegion& region);
   void check_canaries();
 
@@ -97,6 +115,7 @@ class Scheduler {
   uint16_t order_[kMaxThreads];                               // in which they begin
   uint32_t flags_[kMaxThreads];                               // of the barrier that each waits at, in checked builds
   Simdgroup simdgroups_[kMaxThreads / kSimdWidth];
+  MatrixOps matrix_ops_[kMaxThreads / kSimdWidth] = {};       // in checked builds
   char* arena_ = nullptr;
   size_t arena_room_ = 0;                                     // below it nothing is mapped in so many bytes, above it in twice as many
   char* arena_next_ = nullptr;

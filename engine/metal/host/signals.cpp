@@ -61,19 +61,22 @@ Way way(void* context) {
 #endif
 }
 
-void trace(void* context, Fault& what) {
+// False: it came while threads took turns, and shows none.
+bool trace(void* context, Fault& what) {
   uintptr_t pc, frame, caller;
   machine_state(context, &pc, &frame, &caller);
   what.pcs[0] = pc + 1;                                       // others are return addresses: behind the call
   const Fiber* fiber = scheduler ? scheduler->running_fiber() : nullptr;
   unsigned count = 1;
-  if (fiber && frame >= fiber->low() && frame < fiber->high())
+  bool inside = fiber && frame >= fiber->low() && frame < fiber->high();
+  if (inside)
     count += backtrace(reinterpret_cast<void*>(frame), what.pcs + 1, kFrames - 3);
 #if defined(__x86_64__)
   if (fiber && caller >= fiber->low() && caller + 16 < fiber->high()) memcpy(&what.pcs[count], reinterpret_cast<void*>(caller), 16);
 #else
   what.pcs[count] = caller;
 #endif                                                        // last, and dropped if they lie outside the kernel's module
+  return inside;
 }
 
 [[noreturn]] void end_with(const Fault& what) {
@@ -113,9 +116,11 @@ bool outside(uintptr_t address, Way how, Fault& what) {
 
 void on_signal(int number, siginfo_t* info, void* context) {
   if (number == SIGALRM && !late()) return;
+  if (number == SIGFPE && skip_division(context)) return;
   Fault what = fault(number == SIGALRM ? kind_timeout : kind_crash);
   what.op = number;
-  trace(context, what);
+  bool traced = trace(context, what);
+  if (number == SIGALRM && !traced && scheduler) scheduler->describe_waiting(what);
   if (number == SIGSEGV || number == SIGBUS) {
     uintptr_t address = reinterpret_cast<uintptr_t>(info->si_addr);
     const Fiber* fiber = scheduler ? scheduler->running_fiber() : nullptr;

@@ -16,7 +16,7 @@ static void fill_canary(char* begin, char* end) {
   for (char* at = begin; at + 4 <= end; at += 4) memcpy(at, &kCanary, 4);
 }
 
-StoredRegion& Scheduler::allocate(int32_t buffer, uint32_t size, size_t align, const Site* site) {
+StoredRegion& Scheduler::allocate(int32_t buffer, uint32_t size, size_t align, const Site* site, LayoutOf layout) {
   align = align < 16 ? 16 : align;
   uintptr_t at = reinterpret_cast<uintptr_t>(arena_next_) + kArenaGap;
   char* base = reinterpret_cast<char*>((at + align - 1) & ~(align - 1));
@@ -30,7 +30,7 @@ StoredRegion& Scheduler::allocate(int32_t buffer, uint32_t size, size_t align, c
   fill_canary(aligned, aligned + 256);
   arena_next_ = aligned + 256;
   used_bytes_ += size;
-  return regions_[region_count_++] = {buffer, size, base, site, true};
+  return regions_[region_count_++] = {buffer, size, base, site, layout, true};
 }
 
 static bool is_canary(const char* at) {
@@ -67,14 +67,18 @@ void Scheduler::begin_use(StoredRegion& region) {
   memset(region.base, launch_->poison ? 0xFF : 0, region.size);
 #ifdef ASSAY_CHECKED
   check::add_threadgroup_region({region.buffer, check::Space::threadgroup, reinterpret_cast<uintptr_t>(region.base), region.size, true, !launch_->poison});
+  if (region.layout) {
+    Layout layout = region.layout();
+    if (layout.values) check::padding(reinterpret_cast<uintptr_t>(region.base), region.size, layout.values, layout.period);
+  }
 #endif
 }
 
-void* Scheduler::local(const Site& site, size_t size, size_t align) {
+void* Scheduler::local(const Site& site, size_t size, size_t align, LayoutOf layout) {
   StoredRegion* region = nullptr;
   for (unsigned i = argument_regions_; i < region_count_ && !region; i++)
     if (regions_[i].site == &site) region = &regions_[i];
-  if (!region) region = &allocate(-1 - int32_t(site.id), uint32_t(size), align, &site);
+  if (!region) region = &allocate(-1 - int32_t(site.id), uint32_t(size), align, &site, layout);
   if (region->fresh) begin_use(*region);
   return region->base;
 }

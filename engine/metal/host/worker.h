@@ -41,6 +41,7 @@ void check_gaps();
 
 void signal_stack();                                          // signals.cpp: once on every host thread
 void catch_signals();
+bool skip_division(void* context);                            // division.cpp: whether the signal came from one, which has its values now
 
 void run_side_by_side(unsigned helpers);                      // host_threads.cpp
 void run_alone();

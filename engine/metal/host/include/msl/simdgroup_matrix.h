@@ -56,6 +56,13 @@ inline __thread spreading spread_areas[rt::kMaxThreads / rt::kSimdWidth];
 
 struct fragments { float a[2], b[2]; };
 
+// Every lane passes here with each operation that lane 0 executes for all: checked runs see who does not.
+METAL_FUNC void take_part() {
+#if __has_feature(thread_sanitizer)
+  rt::matrix_op_reached();
+#endif
+}
+
 }  // namespace detail
 
 template <class T>
@@ -129,6 +136,7 @@ template <class T>
 METAL_FUNC void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, const volatile T* source, ulong elements_per_row = 8,
                                ulong2 matrix_origin = 0, bool transpose_matrix = false) {
   d.spread = false;
+  detail::take_part();
   if (detail::this_lane() != 0) return;
   rt::count_matrix_op();
   const long origin = static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
@@ -143,6 +151,7 @@ template <class T>
 METAL_FUNC void simdgroup_store(const simdgroup_matrix<T, 8, 8>& a, volatile T* destination, ulong elements_per_row = 8,
                                 ulong2 matrix_origin = 0, bool transpose_matrix = false) {
   a.gather();
+  detail::take_part();
   if (detail::this_lane() != 0) return;
   rt::count_matrix_op();
   const long origin = static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
@@ -184,6 +193,7 @@ METAL_FUNC void multiply_any(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matri
   a.gather(), b.gather();
   if (c) c->gather();
   d.spread = false;
+  take_part();
   if (this_lane() != 0) return;
   rt::count_matrix_op();
   multiply_add<D>(d.values, a.values, b.values, c ? c->values : nullptr);
