@@ -1,5 +1,7 @@
 // The rules: judges an access byte by byte against the shadow and updates the cells.
 
+#include <cstring>
+
 #include "check_shadow.h"
 
 namespace check {
@@ -28,6 +30,11 @@ struct View {
     if (stamp(cell) < window.start) return earlier_group(cell) && !handed_over(cell);
     if (!current(cell) || mine(cell)) return false;
     return !(same_simdgroup(cell) && lanes_fenced(cell));
+  }
+  // A thread's plain write that its own atomic follows races with the other threads' atomics: it is the one to remember.
+  bool hidden(Cell w) const {
+    bool plain = w && w < kUnwritten && !(w & kAtomic) && (access & atomic);
+    return plain && mine(w) && stamp(w) >= window.start && current(w) && !lanes_fenced(w);
   }
   bool clash_read(Cell cell) const { return (stamp(cell) < window.start || current_read(cell)) && clash(cell); }
   bool clash(Cell cell) const { return cell && unordered(cell) && !((access & atomic) && (cell & kAtomic)); }
@@ -93,11 +100,29 @@ Judgement judge_byte(const View& view, Bytes& b) {
   if (view.access & reads) judgement = judge_read(view, b);
   if ((view.access & writes) && judgement.wrong == Wrong::no) judgement = judge_write(view, b);
   if (view.access & writes) {
-    b.w = written_cell(view, b.w);
-  } else if (judgement.wrong != Wrong::unwritten) {
+    if (!view.hidden(b.w)) b.w = written_cell(view, b.w);
+  } else {
     record_read(view, b);
   }
   return judgement;
+}
+
+// Who wrote a place before its last writer, unordered with it: the other party of a race where the last writer is the
+// running thread itself. Only atomics and writers of one value get so far; a place that another has taken is forgotten.
+struct Earlier {
+  uintptr_t address;
+  Cell w;
+  uint32_t pc, launch;
+};
+Earlier earlier[1024];
+Earlier& earlier_at(uintptr_t address) { return earlier[(address >> 2) % 1024]; }
+
+void remember_earlier(const View& view, uintptr_t address, Cell w, uint32_t pc) {
+  if (w && w < kUnwritten && view.unordered(w)) earlier_at(address) = {address >> 2, w, pc, state.launch};
+}
+const Earlier* recall_earlier(const View& view, uintptr_t address) {
+  const Earlier& it = earlier_at(address);
+  return it.address == address >> 2 && it.launch == state.launch && view.unordered(it.w) ? &it : nullptr;
 }
 
 Cell device_writer(const Window& device, size_t at) {
@@ -130,7 +155,11 @@ Found judge_bytes(Window& window, size_t offset, unsigned size, unsigned access,
       found.judgement = judgement;
       found.byte = i;
       found.other_pc = judgement.by_read ? reader : writer;
+      bool nameless = judgement.wrong >= Wrong::race && !judgement.culprit;
+      const Earlier* other = nameless ? recall_earlier(view, window.base + at) : nullptr;
+      if (other) found.judgement.culprit = other->w, found.other_pc = other->pc;
     }
+    if ((access & writes) && (i == 0 || at % 4 == 0)) remember_earlier(view, window.base + at, now.w, writer);
     if (after.w == kGap) continue;
     if (after.w != now.w) window.pw[at >> 2] = low_pc;
     if (after.r != now.r || after.s != now.s) window.pr[at >> 2] = low_pc;
@@ -140,6 +169,8 @@ Found judge_bytes(Window& window, size_t offset, unsigned size, unsigned access,
   }
   return found;
 }
+
+void forget_earlier() { std::memset(earlier, 0, sizeof earlier); }
 
 bool written(const Window& window, size_t offset) {
   if (&window == &state.device) return device_writer(window, offset) != kUnwritten;

@@ -94,6 +94,9 @@ struct Found {
 // Judges up to 16 bytes and updates their cells. `low_pc`: the low half of the caller's address, kept for the report.
 Found judge_bytes(Window& window, size_t offset, unsigned size, unsigned access, uint32_t low_pc);
 
+// Forgets what stamps that are renumbered would confuse.
+void forget_earlier();
+
 inline bool in(const Window& window, uintptr_t address, size_t& offset) {
   offset = address - window.base;
   return offset < window.span;
