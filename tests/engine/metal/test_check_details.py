@@ -80,6 +80,34 @@ kernel void two_writers(device float* out [[buffer(0)]], THREAD) {
     if (t == 5) out[0] = 5;
 }
 
+kernel void count_and_look(device uint* count [[buffer(0)]], device uint* out [[buffer(1)]], THREAD) {
+    atomic_fetch_add_explicit((device atomic_uint*)count, 1u, memory_order_relaxed);
+    out[i] = count[0];
+}
+
+kernel void one_line_many_times(device float* out [[buffer(0)]], THREAD) {
+    threadgroup float tile[16][32];
+    tile[0][t] = i;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float sum = 0;
+    for (uint k = 0; k < 16; k++) sum += tile[k][t];
+    out[i] = sum;
+}
+
+kernel void past_a_volume(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                          uint3 at [[thread_position_in_grid]], uint3 whole [[threads_per_grid]]) {
+    uint i = (at.z * whole.y + at.y) * whole.x + at.x;
+    out[i] = in[i + 1];
+}
+
+kernel void writes_before_another_reads(device float* out [[buffer(0)]], device float* sum [[buffer(1)]],
+                                        uint3 at [[thread_position_in_grid]]) {
+    if (at.z == 1 && at.x == 4) out[0] = 1;
+    if (at.x == 0 && at.z == 0) sum[0] = out[0];
+}
+
+kernel void looks_to_the_right(device float* out [[buffer(0)]], THREAD) { out[i] = simd_shuffle_down(float(i), 1); }
+
 kernel void simd_barriers(device float* out [[buffer(0)]], threadgroup float* tile [[threadgroup(0)]],
                           constant uint& fenced [[buffer(1)]], THREAD) {
     tile[t] = i;
@@ -197,6 +225,58 @@ def test_messages_say_who_did_what_where_and_with_whom() -> None:
     assert (fault.thread, fault.other_thread, fault.threadgroup) == ((0, 0, 0), (1, 0, 0), (0, 0, 0))
     assert (fault.address_space, fault.buffer, fault.offset, fault.size) == ("threadgroup", 0, 4, 4)
     assert f" (line {line - 2}); both threads are of simdgroup 0: a kernel that relies on lockstep" in fault.message
+
+
+def test_a_race_with_atomics_names_both_threads() -> None:
+    run = launch("count_and_look", {0: np.zeros(1, np.uint32), 1: np.zeros(32, np.uint32)})
+    line = next(n for n, text in enumerate(SOURCE.splitlines(), 1) if "out[i] = count[0];" in text)
+    assert {(f.kind, f.line, f.other_line, f.thread, f.other_thread) for f in run.faults} == {
+        ("race", line, line - 1, (1, 0, 0), (0, 0, 0)),  # read after the other thread's atomic
+        ("race", line - 1, line, (1, 0, 0), (0, 0, 0)),  # atomic after the other thread's read
+    }
+
+
+def test_a_line_is_reported_once_however_it_is_unrolled() -> None:
+    (fault,) = launch("one_line_many_times", {0: np.zeros(32, np.float32)}).faults
+    assert (fault.kind, fault.offset, fault.thread) == ("uninitialised-read", 128, (0, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("grid", "threads", "thread", "group"),
+    [
+        ((5, 3, 2), (2, 2, 2), (0, 0, 1), (2, 1, 0)),
+        ((5, 3, 3), (4, 2, 2), (0, 0, 0), (1, 1, 1)),
+        ((3, 5), (2, 4), (0, 0, 0), (1, 1, 0)),
+        ((7, 3), (4, 3), (2, 2, 0), (1, 0, 0)),
+    ],
+)
+def test_threads_of_smaller_threadgroups_at_the_edge_of_a_grid(
+    grid: tuple[int, ...], threads: tuple[int, ...], thread: tuple[int, ...], group: tuple[int, ...]
+) -> None:
+    data = np.zeros(np.prod(grid), np.float32)
+    run = library()["past_a_volume"].launch({0: data, 1: np.zeros_like(data)}, grid=grid, threads=threads)
+    (fault,) = run.faults
+    assert (fault.thread, fault.threadgroup, fault.offset) == (thread, group, data.nbytes)
+    assert f"thread {thread} of threadgroup {group}" in fault.message
+
+
+def test_the_other_thread_of_a_smaller_threadgroup() -> None:
+    out, total = np.zeros(1, np.float32), np.zeros(1, np.float32)
+    for seed in range(8):
+        run = library()["writes_before_another_reads"].launch(
+            {0: out, 1: total}, grid=(5, 1, 2), threads=(2, 1, 2), schedule_seed=seed
+        )
+        (fault,) = run.faults
+        parties = {(fault.thread, fault.threadgroup), (fault.other_thread, None)}
+        writer, reader = (0, 0, 1), (0, 0, 0)
+        assert parties in ({(reader, (0, 0, 0)), (writer, None)}, {(writer, (2, 0, 0)), (reader, None)})
+        assert f"thread {fault.other_thread} of threadgroup" in fault.message
+
+
+def test_a_lane_that_the_last_simdgroup_does_not_have() -> None:
+    (fault,) = launch("looks_to_the_right", {0: np.zeros(48, np.float32)}, threads=48).faults
+    assert (fault.kind, fault.thread, fault.other_thread) == ("simdgroup-divergence", (47, 0, 0), None)
+    assert "needs lane 16, which this simdgroup doesn't have" in fault.message
 
 
 def test_a_race_between_simdgroups_is_not_said_to_be_within_one() -> None:

@@ -189,6 +189,19 @@ kernel void constant_far_past_end(constant half* table [[buffer(3)]], device flo
     out[i] = float(table[i == 70 ? PLANT(1u << 24, 0) : 1]);  // expect: out-of-bounds-read
 }
 
+// The optimiser makes one load of the two, which then has no line of its own.
+kernel void load_in_one_branch(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                               uint i [[thread_position_in_grid]]) {
+    float value;
+    if (i < 127) {
+        value = in[i];  // expect: out-of-bounds-read
+    } else {
+        value = in[i + PLANT(1, 0)];  // expect: out-of-bounds-read
+    }
+    out[i] = value;
+}
+
+
 // Clean in both forms: an index may wrap around on its way, as long as the address is inside.
 kernel void index_that_wraps_back(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
                                   uint i [[thread_position_in_grid]]) {

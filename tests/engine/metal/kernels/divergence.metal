@@ -121,3 +121,63 @@ kernel void barrier_in_an_uneven_loop(device const float* in [[buffer(0)]], devi
     }
     out[i] = tile[t];
 }
+
+kernel void matrix_load_by_half(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                uint lane [[thread_index_in_simdgroup]], uint group [[threadgroup_position_in_grid]]) {
+    if (simdgroup == 1) return;
+    simdgroup_float8x8 m(0);
+    if (PLANT(lane < 16, true)) simdgroup_load(m, in, 8);  // expect: simdgroup-divergence
+    simdgroup_store(m, out + 64 * group, 8);
+}
+
+kernel void matrix_product_in_an_uneven_loop(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                             uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                             uint lane [[thread_index_in_simdgroup]],
+                                             uint group [[threadgroup_position_in_grid]]) {
+    if (simdgroup == 1) return;
+    simdgroup_float8x8 m;
+    simdgroup_load(m, in, 8);
+    for (uint k = 0; k < PLANT(1 + lane % 2, 2); k++) {
+        simdgroup_multiply_accumulate(m, m, m, m);  // expect: simdgroup-divergence
+    }
+    simdgroup_store(m, out + 64 * group, 8);
+}
+
+kernel void matrix_after_a_lane_returned(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                         uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                         uint lane [[thread_index_in_simdgroup]],
+                                         uint group [[threadgroup_position_in_grid]]) {
+    if (simdgroup == 1 || PLANT(lane == 31, false)) return;
+    simdgroup_float8x8 m;
+    simdgroup_load(m, in, 8);  // expect: simdgroup-divergence
+    simdgroup_store(m, out + 64 * group, 8);
+}
+
+kernel void matrix_store_before_a_barrier(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                          threadgroup float* tile [[threadgroup(0)]],
+                                          uint i [[thread_position_in_grid]],
+                                          uint t [[thread_index_in_threadgroup]]) {
+    simdgroup_float8x8 m;
+    simdgroup_load(m, in, 8);
+    if (t < PLANT(8, 32)) simdgroup_store(m, tile, 8);  // expect: simdgroup-divergence
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = tile[t];
+}
+
+// Clean in both forms: lanes that part and meet again do their matrix operations together, though not at one time.
+kernel void matrix_among_diverged_lanes(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                        uint i [[thread_position_in_grid]],
+                                        uint simdgroup [[simdgroup_index_in_threadgroup]],
+                                        uint lane [[thread_index_in_simdgroup]],
+                                        uint group [[threadgroup_position_in_grid]]) {
+    if (simdgroup == 1) return;
+    float sum = in[i];
+    if (lane < 7) sum = simd_sum(sum);
+    simdgroup_float8x8 m, step(0.5f);
+    simdgroup_load(m, in, 8);
+    if (lane > 20) sum += simd_max(sum);
+    for (uint k = 0; k < 600; k++) simdgroup_multiply_accumulate(m, step, m, m);
+    simdgroup_store(m, out + 64 * group, 8);
+    if (lane > 3 && sum < 0) out[64 * group] = simd_min(sum);
+}

@@ -166,6 +166,43 @@ kernel void two_values_from_two_threadgroups(device const float* in [[buffer(0)]
     if (t == 9) out[7] = PLANT(float(group), 1);  // expect: race
 }
 
+// The thread that clears the counter counts, too, and comes first without a seed.
+kernel void counter_cleared_without_barrier(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                            uint i [[thread_position_in_grid]],
+                                            uint t [[thread_index_in_threadgroup]]) {
+    threadgroup uint count;
+    if (t == 0) count = 0;  // expect: race
+    PLANT(, threadgroup_barrier(mem_flags::mem_threadgroup);)
+    atomic_fetch_add_explicit((threadgroup atomic_uint*)&count, uint(in[i]), memory_order_relaxed);  // expect: race
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = count;
+}
+
+// Two stores that an optimiser would make one of, whose line would be neither's.
+kernel void conditional_stores(device float* out [[buffer(1)]], uint i [[thread_position_in_grid]],
+                               uint t [[thread_index_in_threadgroup]]) {
+    threadgroup int flag;
+    if (t == 0)
+        flag = 0;  // expect: race
+    PLANT(, threadgroup_barrier(mem_flags::mem_threadgroup);)
+    if (t > 31)
+        flag = 1;  // expect: race
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = flag;
+}
+
+// In some orders the reader comes first: an uninitialised read, and still a race.
+kernel void one_lane_writes_another_reads(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                          uint i [[thread_position_in_grid]],
+                                          uint lane [[thread_index_in_simdgroup]]) {
+    threadgroup float values[2];
+    uint simdgroup = i / 32 % 2;
+    if (lane == 5) values[simdgroup] = in[i];  // expect: race
+    PLANT(, simdgroup_barrier(mem_flags::mem_threadgroup);)
+    if (lane == 6) out[i] = values[simdgroup];  // expect: race
+}
+
+
 // ---- clean in both forms -------------------------------------------------------------------------------------------
 
 kernel void same_value_from_everyone(device float* out [[buffer(1)]], device uint* counter [[buffer(5)]],

@@ -133,3 +133,49 @@ kernel void output_partly_written(device const float* in [[buffer(0)]], device f
                                   uint i [[thread_position_in_grid]]) {
     if (i % 2 == 0) out[i] = in[i];
 }
+
+// Structs with padding, which is copied with the rest: declared, nested, and behind a pointer to a template's.
+template <typename T>
+struct Best {
+    T value;
+    ushort index;
+};
+kernel void padding_between_members(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                    threadgroup Best<float>* argument [[threadgroup(0)]],
+                                    uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+    struct Nest {
+        char a;
+        Best<half> best;
+        Best<float> two[2];
+    };
+    threadgroup Best<float> best[64];
+    threadgroup Nest nests[8], copies[8];
+    best[t] = {in[i], ushort(t)};
+    if (t < 32) argument[t] = {in[i], ushort(t)};
+    if (t < 8) {
+        nests[t].a = 1;
+        nests[t].best = {half(in[i]), 2};
+        for (uint k = 0; k < 2; k++) nests[t].two[k] = {in[i], ushort(k)};
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    for (uint k = 32; k > 0; k /= 2) {
+        if (t < k && best[t + k].value > best[t].value) best[t] = best[t + k];
+        if (t < min(k, 16u)) argument[t] = argument[t + min(k, 16u)];
+        threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (t < 8) copies[t] = nests[7 - t];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    Best<float> most = best[0];
+    out[i] = most.value + most.index + argument[0].index + copies[t % 8].two[1].value + float(copies[t % 8].best.value);
+}
+
+kernel void member_beside_padding(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
+                                  uint i [[thread_position_in_grid]], uint t [[thread_index_in_threadgroup]]) {
+    threadgroup Best<float> best[64], copies[64];
+    best[t].index = ushort(t);
+    if (PLANT(t != 5, true)) best[t].value = in[i];
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    copies[t] = best[t ^ 1];  // expect: uninitialised-read
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = copies[t].value;
+}
