@@ -48,7 +48,7 @@ void zero(void* array, size_t bytes) {
   std::memset(reinterpret_cast<void*>(last), 0, end - last);
 }
 
-// Five arrays and the kinds of pages, all zeros; with a margin, so that reading past the end by one access stays inside.
+// Six arrays and the kinds of pages, all zeros; with a margin, so that reading past the end by one access stays inside.
 bool shadow(Window& window, uintptr_t begin, uintptr_t end) {
   size_t span = end - begin, padded = ((span >> kPageShift) + 2) << kPageShift;
   bool whole = true;
@@ -59,7 +59,7 @@ bool shadow(Window& window, uintptr_t begin, uintptr_t end) {
     array = memory == MAP_FAILED ? nullptr : static_cast<decltype(array + 0)>(memory);
   };
   for (Cell** cells : {&window.w, &window.r, &window.s}) make(*cells, window.capacity * sizeof(Cell), padded * sizeof(Cell));
-  for (uint32_t** places : {&window.pw, &window.pr}) make(*places, window.capacity, padded);
+  for (uint32_t** places : {&window.pw, &window.pr, &window.ps}) make(*places, window.capacity, padded);
   make(window.pages, window.capacity >> kPageShift, padded >> kPageShift);
   window.capacity = padded;
   window.base = begin;
@@ -85,7 +85,7 @@ void forget_buffer(const Region& region) {
   Window& device = state.device;
   size_t from = marked_begin(region) - device.base, bytes = marked_end(region) - marked_begin(region);
   for (Cell* cells : {device.w, device.r, device.s}) zero(cells + from, bytes * sizeof(Cell));
-  for (uint32_t* places : {device.pw, device.pr}) zero(places + (from >> 2), bytes);
+  for (uint32_t* places : {device.pw, device.pr, device.ps}) zero(places + (from >> 2), bytes);
   zero(device.pages + (from >> kPageShift), (bytes >> kPageShift) + 2);
 }
 

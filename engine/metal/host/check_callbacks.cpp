@@ -106,6 +106,7 @@ FAST bool record_uniform(Window& window, bool device, size_t offset, Cell self, 
   auto cells = load<N>(window.r + offset);
   Cell r = cells[0], simdgroup = kThread & ~(rt::kSimdWidth - 1), stamp = r & kStamp;
   if (!all(cells == r)) return false;
+  uint32_t* places = window.pr;
   if (stamp < window.met) {
     if (device && r && (stamp < window.start || (r & kMany))) return false;
     set<N>(window.r, offset, self);
@@ -115,12 +116,14 @@ FAST bool record_uniform(Window& window, bool device, size_t offset, Cell self, 
   } else if ((r ^ self) & simdgroup) {
     set<N>(window.s, offset, self);
     set<N>(window.r, offset, r | kMany | kFar);
+    places = window.ps;
   } else {
     if ((r & kMany) || stamp < window.lane_fence[(self & simdgroup) / rt::kSimdWidth]) return false;
     set<N>(window.s, offset, self);
     set<N>(window.r, offset, r | kMany);
+    places = window.ps;
   }
-  set_place<N>(window.pr, offset, pc);
+  set_place<N>(places, offset, pc);
   return true;
 }
 

@@ -44,18 +44,18 @@ Judgement judge_read(const View& view, const Bytes& b) {
   if (!view.written(b.w)) return {(view.access & bulk) ? Wrong::no : Wrong::unwritten};
   if (view.clash(b.w)) return {Wrong::race, b.w};
   bool others_atomics = (b.w & kAtomic) && (b.w & (kMany | kFar)) && !(view.access & atomic) && b.w;
-  if (others_atomics && ((b.w & kFar) || view.current(b.w))) return {Wrong::race, 0, false, true};
+  if (others_atomics && ((b.w & kFar) || view.current(b.w))) return {Wrong::race, 0, false, false, true};
   return {};
 }
 
 Judgement judge_write(const View& view, const Bytes& b) {
   if (view.clash_read(b.r)) return {Wrong::race, b.r, true};
-  if ((b.r & kMany) && view.clash_read(b.s)) return {Wrong::race, b.s, true};
+  if ((b.r & kMany) && view.clash_read(b.s)) return {Wrong::race, b.s, true, true};
   if (!b.w || !view.written(b.w)) return {};
   bool both_atomic = (view.access & atomic) && (b.w & kAtomic), plain = !(view.access & atomic) && !(b.w & kAtomic);
   if (both_atomic) return {};
   if (view.unordered(b.w)) return {plain ? Wrong::same_value : Wrong::race, b.w};
-  if ((b.w & kFar) || ((b.w & kMany) && view.current(b.w))) return {plain ? Wrong::same_value : Wrong::race, 0, false, (b.w & kAtomic) != 0};
+  if ((b.w & kFar) || ((b.w & kMany) && view.current(b.w))) return {plain ? Wrong::same_value : Wrong::race, 0, false, false, (b.w & kAtomic) != 0};
   return {};
 }
 
@@ -139,10 +139,10 @@ Found judge_bytes(Window& window, size_t offset, unsigned size, unsigned access,
   Found found;
   Bytes before{}, after{};
   Judgement judgement;
-  uint32_t writer = 0, reader = 0;  // places, before this access becomes one
+  uint32_t writer = 0, reader = 0, second = 0;  // places, before this access becomes one
   for (unsigned i = 0; i < size; i++) {
     size_t at = offset + i;
-    if (i == 0 || at % 4 == 0) writer = window.pw[at >> 2], reader = window.pr[at >> 2];
+    if (i == 0 || at % 4 == 0) writer = window.pw[at >> 2], reader = window.pr[at >> 2], second = window.ps[at >> 2];
     Bytes now{window.w[at], window.r[at], window.s[at]};
     if (view.device) now.w = device_writer(window, at);
     if (i == 0 || now.w != before.w || now.r != before.r || now.s != before.s) {
@@ -154,7 +154,7 @@ Found judge_bytes(Window& window, size_t offset, unsigned size, unsigned access,
     if (found.judgement.wrong == Wrong::no || worse) {
       found.judgement = judgement;
       found.byte = i;
-      found.other_pc = judgement.by_read ? reader : writer;
+      found.other_pc = judgement.second ? second : judgement.by_read ? reader : writer;
       bool nameless = judgement.wrong >= Wrong::race && !judgement.culprit;
       const Earlier* other = nameless ? recall_earlier(view, window.base + at) : nullptr;
       if (other) found.judgement.culprit = other->w, found.other_pc = other->pc;
@@ -162,7 +162,9 @@ Found judge_bytes(Window& window, size_t offset, unsigned size, unsigned access,
     if ((access & writes) && (i == 0 || at % 4 == 0)) remember_earlier(view, window.base + at, now.w, writer);
     if (after.w == kGap) continue;
     if (after.w != now.w) window.pw[at >> 2] = low_pc;
-    if (after.r != now.r || after.s != now.s) window.pr[at >> 2] = low_pc;
+    constexpr Cell who = kStamp | kThread;
+    if ((after.r ^ now.r) & who) window.pr[at >> 2] = low_pc;
+    if (after.s != now.s) window.ps[at >> 2] = (after.s ^ now.r) & who ? low_pc : reader;
     window.w[at] = after.w;
     window.r[at] = after.r;
     window.s[at] = after.s;

@@ -2,8 +2,8 @@
 //
 // Every checked byte has three 32-bit cells: its last writer (w) and up to two readers since the last fence (r, s). A
 // cell is a stamp of the clock, a thread and three flags; all bits zero is "never touched", which on device memory means
-// "as the host left it", so that the shadow of a large input costs nothing until it is used. Two places (pw, pr) for
-// each four bytes say where the last write and the last recorded read were, for the report alone.
+// "as the host left it", so that the shadow of a large input costs nothing until it is used. Three places (pw, pr, ps) for
+// each four bytes say where those accesses were, for the report alone.
 //
 // An earlier access is ordered before this one if its stamp lies before a fence that both sides passed: the threadgroup's
 // last barrier for that address space, or for lanes of one simdgroup their own last barrier. These are thresholds on the
@@ -51,6 +51,7 @@ struct Window {
   Cell* s;
   uint32_t* pw;
   uint32_t* pr;
+  uint32_t* ps;
   uint8_t* pages;              // device only
   Cell start;                  // stamp at which the running threadgroup began
   Cell fence;                  // stamp of the last barrier that fenced this memory: everything before is ordered
@@ -81,6 +82,7 @@ struct Judgement {
   Wrong wrong = Wrong::no;
   Cell culprit = 0;          // 0: not known
   bool by_read = false;      // the culprit read
+  bool second = false;       // and is the second of two readers
   bool by_atomic = false;    // an unknown culprit did something atomic
 };
 

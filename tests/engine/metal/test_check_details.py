@@ -85,6 +85,16 @@ kernel void count_and_look(device uint* count [[buffer(0)]], device uint* out [[
     out[i] = count[0];
 }
 
+kernel void scan_in_place(device float* out [[buffer(0)]], THREAD) {
+    threadgroup float tile[32];
+    tile[t] = i;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    float before = t ? tile[t - 1] : 0;
+    tile[t] += before;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+    out[i] = tile[t];
+}
+
 kernel void one_line_many_times(device float* out [[buffer(0)]], THREAD) {
     threadgroup float tile[16][32];
     tile[0][t] = i;
@@ -225,6 +235,16 @@ def test_messages_say_who_did_what_where_and_with_whom() -> None:
     assert (fault.thread, fault.other_thread, fault.threadgroup) == ((0, 0, 0), (1, 0, 0), (0, 0, 0))
     assert (fault.address_space, fault.buffer, fault.offset, fault.size) == ("threadgroup", 0, 4, 4)
     assert f" (line {line - 2}); both threads are of simdgroup 0: a kernel that relies on lockstep" in fault.message
+
+
+def test_a_race_names_the_place_of_the_reader_that_it_names() -> None:
+    """The thread that writes has read there too, after the other one."""
+    reads = next(n for n, text in enumerate(SOURCE.splitlines(), 1) if "float before = t ?" in text)
+    for seed in range(6):
+        run = launch("scan_in_place", {0: np.zeros(32, np.float32)}, schedule_seed=seed)
+        assert run.faults
+        for fault in run.faults:
+            assert {fault.line, fault.other_line} == {reads, reads + 1}, fault.message
 
 
 def test_a_race_with_atomics_names_both_threads() -> None:
