@@ -22,6 +22,8 @@ KINDS = (
 _SPACES = ("device", "constant", "threadgroup", None)
 _NO_BUFFER = -(2**31)
 _GUESSED = 1  # FaultRecord.op of an access whose buffer isn't certain (host/worker.h)
+# A list that somebody can still read.
+MOST_LISTED = 64
 _SIMD_WIDTH = 32  # kSimdWidth of host/runtime.h
 _OPS = (
     "a simd reduction", "a simd prefix operation", "a simd vote", "simd_broadcast_first", "a simd shuffle",
@@ -144,7 +146,9 @@ def merged(found: Sequence[Fault]) -> tuple[Fault, ...]:
     told: dict[tuple[object, ...], Fault] = {}
     for number, fault in enumerate(kept):
         told.setdefault(_story(fault) if fault.line is not None else (number,), fault)
-    return tuple(told.values())
+    listed = tuple(told.values())
+    ended = listed[-1:] if listed and listed[-1].kind in ("crash", "timeout") else ()
+    return listed if len(listed) <= MOST_LISTED else listed[: MOST_LISTED - len(ended)] + ended
 
 
 def _story(fault: Fault) -> tuple[object, ...]:

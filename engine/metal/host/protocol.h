@@ -5,8 +5,8 @@
 namespace rt {
 
 constexpr uint32_t kProtocol = 2;
-constexpr unsigned kMostFaults = 64;
-constexpr size_t kControlBytes = 64 * 1024;                   // the data follows it in the shared file
+constexpr unsigned kMostFaults = 256;                         // before Python makes one of those that a line has several of
+constexpr size_t kControlBytes = 192 * 1024;                  // the data follows it in the shared file
 constexpr size_t kGapBytes = 8 * 1024;                        // before and after a buffer, full of kCanary: or a page, if that is more
 constexpr unsigned kMostThreadgroupBytes = 32 * 1024;         // of a threadgroup, on every Apple GPU (Metal feature set tables)
 // Read as float, half or bfloat this is NaN, so that what is read past a buffer's end shows in the result.
