@@ -9,10 +9,9 @@
 // neither to the range of buffers nor to threadgroup memory (stacks, tables of the program) are only remembered, for the
 // signal that a wild one raises.
 //
-// What isn't seen: an overrun so long that it lands inside another buffer, tens of GiB away; an access that the optimiser removed; a thread's
-// own arrays; a race hidden by two writers of one value. Of copies into a thread's own memory only those are reported
-// that read more unwritten bytes than written ones: the rest may be padding (but a struct of up to 8 bytes is loaded like
-// a number, padding and all). Simdgroup matrix operations count as lane 0's accesses.
+// What isn't seen stands in docs/metal-executor.md. Of copies into a thread's own memory only those are reported that read
+// at least as many unwritten bytes as written ones (a struct of up to 8 bytes is loaded like a number). Simdgroup matrix
+// operations count as lane 0's accesses; check_matrix_ops.cpp sees that the other lanes reach them.
 #pragma once
 
 #include <stddef.h>
