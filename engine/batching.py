@@ -83,8 +83,6 @@ class Batcher:
         Raises ValueError for an empty sequence, an id outside the vocabulary, or an option out of range.
         """
         prompt = self._engine.checked(tokens)
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; at least 1 is expected")
         request = Request(
             number=self._numbers + 1,
             prompt=prompt,
@@ -92,8 +90,6 @@ class Batcher:
             stop=frozenset(stop),
             sampling=sampling or Sampling(),
         )
-        # A trial, so that a bad option is refused here and not in the middle of a batch.
-        Rows([request], V=2).choose(mx.zeros((1, 2)))
         self._numbers += 1
         self._waiting.append(request)
         return request.number

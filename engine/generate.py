@@ -1,4 +1,4 @@
-"""The engine's front door: load a checkpoint, run tokens through it with probes, generate greedily.
+"""The engine's front door: load a checkpoint, run tokens through it with probes, generate.
 
 Prefill feeds chunks, decode feeds single tokens; every step ends in one evaluation that covers the next token, the
 caches and, with a tap, the probes. Runs are independent: each starts with empty caches.
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from engine.arithmetic import arithmetic
 from engine.caches import Cache, row_cache
@@ -24,8 +23,10 @@ from engine.errors import DeviceError
 from engine.layers import has_packed_experts, widen
 from engine.metal.table import RHS
 from engine.model import Decoder
+from engine.masks import integers
 from engine.module import parameters
 from engine.probes import Array, Step, Tap, to_numpy
+from engine.rows import Request, Rows, Sampling
 
 # Tokens of a prefill chunk when the caller names no size.
 CHUNK = 512
@@ -185,30 +186,32 @@ class Engine:
         tokens: Sequence[int],
         *,
         max_tokens: int,
+        sampling: Sampling | None = None,
         tap: Tap | None = None,
         chunk: int | None = None,
         stop: Collection[int] = (),
     ) -> list[int]:
-        """Greedy continuation of `tokens`: up to `max_tokens` ids, ending before the first that is in `stop`.
+        """Continuation of `tokens`: up to `max_tokens` ids, ending before the first that is in `stop`, or where the
+        logits leave nothing to choose (all −inf, or a NaN).
 
-        Taps every token that is fed: the prompt, and each generated token but the last. Raises ValueError as `run`
-        does.
+        Greedy unless `sampling` says otherwise. Tokens are chosen as engine.batching.Batcher chooses a row's, so the
+        same prompt, options and seed give the same tokens there. Taps every token that is fed: the prompt, and each
+        generated token but the last; the probe "token" is the greedy one, whichever is drawn. Raises ValueError as
+        `run` does, and for an option out of range.
         """
         ids = self.checked(tokens)
-        if max_tokens < 1:
-            raise ValueError(f"max_tokens is {max_tokens}; at least 1 is expected")
-        caches = self.caches()
+        request = Request(
+            number=1, prompt=ids, max_tokens=max_tokens, stop=frozenset(stop), sampling=sampling or Sampling()
+        )
+        rows, caches = Rows([request], V=self.config.vocab_size), self.caches()
         self._launched.clear()
-        token = -1
-        for step in _chunks(ids, chunk):
-            token = self._step(step, caches, tap)
-        generated: list[int] = []
-        while token not in stop:
-            generated.append(token)
-            if len(generated) == max_tokens:
-                break
-            token = self._step([token], caches, tap)
-        return generated
+        *before, last = _chunks(ids, chunk)
+        for step in before:
+            self._step(step, caches, tap)
+        event = request.accept(self._step(last, caches, tap, rows))
+        while not event.reason:
+            event = request.accept(self._step([request.last], caches, tap, rows))
+        return request.generated
 
     def weights(self) -> Iterator[tuple[str, Array]]:
         """The parameters exactly as held, under the checkpoint's names: affine weights as codes, scales and biases.
@@ -221,8 +224,9 @@ class Engine:
         for name, stack in self.blocks.items():
             yield name, stack.values(self.dtype)
 
-    def _step(self, tokens: Sequence[int], caches: list[Cache], tap: Tap | None) -> int:
-        """Feed `tokens` (L) at once; the greedy next token. One evaluation, then the probes go to the tap."""
+    def _step(self, tokens: Sequence[int], caches: list[Cache], tap: Tap | None, rows: Rows | None = None) -> int:
+        """Feed `tokens` (L) at once; the next token, greedy or chosen by the one of `rows`. One evaluation, then the
+        probes go to the tap."""
         with mx.stream(self.device.handle):
             step = None if tap is None else Step()
             probe = None if step is None else step.note
@@ -231,10 +235,17 @@ class Engine:
             token = mx.argmax(logits, axis=-1).astype(mx.int32)
             if step is not None:
                 step.note("token", token)
-            mx.eval(token, [cache.state for cache in caches], [] if step is None else step.arrays)
+            chosen = token[:, -1] if rows is None else rows.choose(logits[:, -1])
+            mx.eval(
+                chosen,
+                [cache.state for cache in caches],
+                [] if rows is None else rows.state,
+                [] if step is None else step.arrays,
+            )
             if step is not None and tap is not None:
                 step.flush(tap)
-            return int(np.array(token)[0, -1])
+            (found,) = integers(chosen)
+            return found
 
     def caches(self) -> list[Cache]:
         """Empty caches for one sequence, one a layer."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -56,7 +57,10 @@ class Event:
 
 @dataclass(kw_only=True)
 class Request:
-    """What was asked for, by its number, and what was generated so far."""
+    """What was asked for, by its number, and what was generated so far.
+
+    Raises ValueError for max_tokens below 1, or an option of `sampling` out of range.
+    """
 
     number: int
     prompt: list[int]
@@ -64,6 +68,12 @@ class Request:
     stop: frozenset[int]
     sampling: Sampling
     generated: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.max_tokens < 1:
+            raise ValueError(f"max_tokens is {self.max_tokens}; at least 1 is expected")
+        # A trial, so that a bad option is refused here and not in the middle of a batch.
+        Rows([self], V=2).choose(mx.zeros((1, 2)))
 
     @property
     def history(self) -> list[int]:
@@ -122,9 +132,14 @@ class Rows:
             self._counts.add(ids)
         return ids
 
+    @property
+    def state(self) -> list[Any]:
+        """Everything that the next step builds on; unevaluated, its graph would hold this one's."""
+        return [self._keys, [cache.state for cache in self.caches]]
+
     def evaluate(self, *more: mx.array) -> None:
-        """Compute everything that the next step builds on, or its graph would hold this one's."""
-        mx.eval(*more, self._keys, [cache.state for cache in self.caches])
+        """Compute `state`, and `more` with it."""
+        mx.eval(*more, self.state)
 
     def filter(self, keep: list[int]) -> None:
         """Keep these rows; the others' memory is released."""

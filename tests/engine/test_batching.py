@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import engine
+from engine import generate
 from engine.batching import Batcher, Event, Sampling
 from engine.caches.batched import BatchCache
 from engine.generate import Engine
@@ -143,11 +144,58 @@ def test_draws_and_penalties_are_the_requests_own(model: Engine) -> None:
     length = [5, 12, 7, 14, 9, 6, 11]
     wanted = [alone(model, prompt, n, sampling) for (prompt, sampling), n in zip(requests, length, strict=True)]
     assert len({tuple(tokens) for tokens in wanted}) == len(wanted)
+    for chunk in (None, 3):
+        found = [
+            model.generate(prompt, max_tokens=n, sampling=sampling, chunk=chunk)
+            for (prompt, sampling), n in zip(requests, length, strict=True)
+        ]
+        assert found == wanted
     for order, max_rows in ((range(7), 7), (range(6, -1, -1), 3), ((3, 0, 6, 2, 5, 1, 4), 2)):
         batcher = Batcher(model, max_rows=max_rows, chunk=6)
         numbers = {i: batcher.add(requests[i][0], max_tokens=length[i], sampling=requests[i][1]) for i in order}
         found = batcher.complete()
         assert [found[numbers[i]] for i in range(7)] == wanted
+
+
+def test_generate_refuses_and_ends_as_the_batcher_does(model: Engine) -> None:
+    stop = model.generate(PROMPTS[4], max_tokens=9, sampling=Sampling(temperature=1.0, seed=3))[5]
+    for options in ({"stop": (stop,)}, {}):
+        batcher = Batcher(model)
+        number = batcher.add(PROMPTS[4], max_tokens=9, sampling=Sampling(temperature=1.0, seed=3), **options)
+        found = model.generate(PROMPTS[4], max_tokens=9, sampling=Sampling(temperature=1.0, seed=3), **options)
+        assert found == batcher.complete()[number]
+    fed = []
+    for options in ({"top_p": 0}, {"repetition": -1}, {"seed": -1}, {"top_k": 0.5}):
+        with pytest.raises(ValueError, match=next(iter(options))):
+            model.generate([1], max_tokens=1, sampling=Sampling(**options), tap=lambda name, x: fed.append(name))
+    assert fed == [], "refused before anything is computed"
+
+    spied = Spied(model)
+    inner, calls = spied.inner, itertools.count()
+    spied.inner = lambda *args: inner(*args) + (mx.nan if next(calls) == 2 else 0)  # type: ignore[assignment]
+    assert spied.engine.generate([1, 2], max_tokens=4) == model.generate([1, 2], max_tokens=2)
+
+
+def test_generating_holds_no_graph_of_the_steps_before(
+    model: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Greedy and counted: nothing but the rows themselves needs the keys and the counts of every step."""
+
+    class Kept(Rows):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, **options)
+            kept.append(self)
+
+    kept: list[Rows] = []
+    monkeypatch.setattr(generate, "Rows", Kept)
+
+    def nodes(n: int) -> int:
+        model.generate(PROMPTS[1], max_tokens=n, sampling=Sampling(frequency=0.1))
+        return held(kept[-1], tmp_path)
+
+    assert nodes(40) == nodes(10)
+    monkeypatch.setattr(Kept, "state", [])
+    assert nodes(40) >= nodes(10) + 30
 
 
 def test_penalties_are_taken_in_float32_whatever_the_run(model: Engine) -> None:
