@@ -21,9 +21,9 @@ from engine.config import DTYPES, Config, read_config
 from engine.device import Device, devices, select
 from engine.errors import DeviceError
 from engine.layers import has_packed_experts, widen
+from engine.masks import integers
 from engine.metal.table import RHS
 from engine.model import Decoder
-from engine.masks import integers
 from engine.module import parameters
 from engine.probes import Array, Step, Tap, to_numpy
 from engine.rows import Request, Rows, Sampling
@@ -244,8 +244,7 @@ class Engine:
             )
             if step is not None and tap is not None:
                 step.flush(tap)
-            (found,) = integers(chosen)
-            return found
+            return integers(chosen)[0]
 
     def caches(self) -> list[Cache]:
         """Empty caches for one sequence, one a layer."""

@@ -2,9 +2,9 @@
 
 A file is a fixed preamble (magic, version, length and SHA-256 of the header), a JSON header, and a payload that is a
 safetensors file of the layers' keys and values. Before a byte of the payload is read, everything that decides whether
-it fits must be equal: magic, version, payload ABI, model id, quantisation bits, context size, hash of the tokens. Then
-the payload's length and SHA-256 must be the header's. Anything else, a truncated, damaged, foreign or unreadable file
-included, is a miss: no load and no exception.
+it fits must be equal: magic, version, payload ABI, version of the policy that chose the caches, model id, quantisation
+bits, context size, hash of the tokens. Then the payload's length and SHA-256 must be the header's. Anything else, a
+truncated, damaged, foreign or unreadable file included, is a miss: no load and no exception.
 
 An entry that is intact and still can't be restored is discarded, that very file and no other, or it would be found
 again and again (`discard`, which compares the nonce that each file has).
@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from engine.caches import POLICY_VERSION
 from engine.entries import Entries
 from engine.prefixes import Caches, Checkpoint, Factory, Layer, Layout, restore
 
@@ -53,6 +54,7 @@ class Identity:
         """The header fields that must be equal before a payload is read."""
         return {
             "payload_abi": f"{PAYLOAD_ABI}-{self.dtype}",
+            "cache_policy": POLICY_VERSION,
             "model_id": self.model_id,
             "quant_bits": self.quant_bits,
             "ctx": self.ctx,

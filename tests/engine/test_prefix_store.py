@@ -101,6 +101,14 @@ def test_another_identity_is_a_miss_and_both_live_side_by_side(tmp_path: Path, f
     assert [equal(f.checkpoint, checkpoint(TEXT[:5], seed=i + 1)) for i, f in enumerate(found) if f] == [True, True]
 
 
+def test_what_another_policy_chose_is_a_miss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store(tmp_path).put(checkpoint(TEXT[:5]))
+    monkeypatch.setattr(prefix_store, "POLICY_VERSION", prefix_store.POLICY_VERSION + 1)
+    assert store(tmp_path).find(TEXT) is None
+    assert store(tmp_path).put(checkpoint(TEXT[:5]))
+    assert store(tmp_path).find(TEXT) is not None
+
+
 def rewritten(path: Path, change: dict[str, Any], *, version: int | None = None) -> None:
     """The file with another header, whole in itself: right length, right hash."""
     data = path.read_bytes()
@@ -123,6 +131,7 @@ def rewritten(path: Path, change: dict[str, Any], *, version: int | None = None)
         {"text_hash": "0" * 64},
         {"token_count": 4},
         {"model_id": None},
+        {"cache_policy": 0},
     ],
     ids=str,
 )
