@@ -1,5 +1,8 @@
-"""Drawn lives of a batch: requests of any length and options come, are cancelled and leave at any step, and each row's
-logits are those of its own tokens alone, and each of its tokens the one that its own logits, history and seed choose."""
+"""Drawn lives of a batch: requests of any length and options come, are cancelled and leave at any step.
+
+Each row's logits are those of its own tokens alone, and each of its tokens is the one that its own logits, history and
+seed choose.
+"""
 
 from __future__ import annotations
 
