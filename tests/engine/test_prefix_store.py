@@ -155,10 +155,10 @@ def test_another_version_is_a_miss_before_any_payload_is_read(tmp_path: Path, mo
 
 def test_every_truncation_and_extension_is_a_miss(tmp_path: Path) -> None:
     mine = store(tmp_path)
-    mine.put(checkpoint(TEXT[:5]))
+    mine.put(checkpoint(TEXT[:1]))
     path = files(tmp_path)[0]
     data = path.read_bytes()
-    for length in [*range(0, len(data), 37), len(data) - 1]:
+    for length in range(len(data)):
         path.write_bytes(data[:length])
         assert mine.find(TEXT) is None, length
     path.write_bytes(data + b"\0")
@@ -167,16 +167,15 @@ def test_every_truncation_and_extension_is_a_miss(tmp_path: Path) -> None:
     assert mine.find(TEXT) is not None
 
 
-def test_every_flipped_bit_is_a_miss(tmp_path: Path) -> None:
+def test_every_damaged_byte_is_a_miss(tmp_path: Path) -> None:
     mine = store(tmp_path)
-    mine.put(checkpoint(TEXT[:3]))
+    mine.put(checkpoint(TEXT[:1]))
     path = files(tmp_path)[0]
     data = path.read_bytes()
-    for i in range(0, len(data), 3):
-        flipped = bytearray(data)
-        flipped[i] ^= 1 << (i % 8)
-        path.write_bytes(flipped)
-        assert mine.find(TEXT) is None, f"bit {i % 8} of byte {i} of {len(data)}"
+    for i, byte in enumerate(data):
+        for other in (byte ^ 1 << (i % 8), 255 - byte):
+            path.write_bytes(data[:i] + bytes([other]) + data[i + 1 :])
+            assert mine.find(TEXT) is None, f"byte {i} of {len(data)} is {other}, was {byte}"
 
 
 def test_foreign_and_unreadable_files_are_misses_and_stay(tmp_path: Path) -> None:
