@@ -209,9 +209,12 @@ def _decode(data: bytes, header: dict[str, Any], tokens: tuple[int, ...]) -> Che
     mx.eval(tensors)  # MLX reads lazily, and a checkpoint mustn't wait for anything
     layers = []
     for i, of in enumerate(header["layers"]):
-        parts = range(3 if of["codec"] else 1)
+        kind, offset, codec = of["kind"], of["offset"], of["codec"]
+        if [type(x) for x in (kind, offset, codec)] != [str, int, str]:
+            raise TypeError(f"layer {i} of the header is {of}; a kind, an offset and a codec are expected")
+        parts = range(3 if codec else 1)
         keys, values = (tuple(tensors[f"{i}.{name}.{j}"] for j in parts) for name in ("keys", "values"))
-        layers.append(Layer(kind=of["kind"], offset=of["offset"], keys=keys, values=values, codec=of["codec"]))
+        layers.append(Layer(kind=kind, offset=offset, keys=keys, values=values, codec=codec))
     return Checkpoint(tokens=tokens, layers=tuple(layers))
 
 

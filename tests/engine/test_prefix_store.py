@@ -153,6 +153,29 @@ def test_another_version_is_a_miss_before_any_payload_is_read(tmp_path: Path, mo
     assert store(tmp_path).find(TEXT) is None
 
 
+@pytest.mark.parametrize("field", ["kind", "offset", "codec", "layers", "nonce"])
+def test_a_whole_header_that_makes_no_sense_is_a_miss_and_no_exception(tmp_path: Path, field: str) -> None:
+    """Right length and right hash, by another writer: whatever a field of a layer is, nothing is loaded or raised."""
+
+    def coded() -> Caches:
+        return [QuantizedKVCache(group_size=32, bits=8), KVCache()]
+
+    caches = coded()
+    for cache in caches:
+        cache.update_and_fetch(*mx.random.normal((2, 1, 2, 3, 64), key=mx.random.key(0)).astype(mx.float16))
+    mine = store(tmp_path, quant_bits=8)
+    mine.put(take(TEXT[:3], caches))
+    path = files(tmp_path)[0]
+    whole, described = path.read_bytes(), take(TEXT[:3], caches).layers
+    layers = [{"kind": x.kind, "offset": x.offset, "codec": x.codec} for x in described]
+    texts = ["x", "=", "bits=8", "group_size=0 bits=8 mode=affine", "group_size=y bits=8 mode=affine"]
+    for value in [None, True, 0, -1, 1.5, 10**30, [], {}, [1], *texts]:
+        change = {field: value} if field in ("layers", "nonce") else {"layers": [layers[0] | {field: value}, layers[1]]}
+        path.write_bytes(whole)
+        rewritten(path, change)
+        assert mine.restore(TEXT, coded) is None or field == "nonce", value
+
+
 def test_every_truncation_and_extension_is_a_miss(tmp_path: Path) -> None:
     mine = store(tmp_path)
     mine.put(checkpoint(TEXT[:1]))
