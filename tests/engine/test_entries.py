@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import subprocess
 import sys
 import threading
@@ -172,6 +173,24 @@ def test_a_failed_write_leaves_the_old_entry(tmp_path: Path, monkeypatch: pytest
     assert not entries.write("a", b"new")
     assert read(entries, "a") == b"old"
     assert not list(tmp_path.glob(".*.tmp"))
+
+
+def test_bytes_are_on_the_disk_before_they_have_a_name_and_the_name_before_its_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A loss of power keeps what was flushed, and may keep any of the rest: so the order is what protects an entry."""
+    entries = Entries(tmp_path, pattern=PATTERN, max_bytes=100)
+    flush, flushed = os.fsync, []
+
+    def noted(fd: int) -> None:
+        status = os.fstat(fd)
+        what = "folder" if stat.S_ISDIR(status.st_mode) else f"{status.st_size} bytes"
+        flushed.append((what, "named" if (tmp_path / "a").exists() else "unnamed"))
+        flush(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    assert entries.write("a", b"a" * 40)
+    assert flushed == [("40 bytes", "unnamed"), ("folder", "named")]
 
 
 def test_the_next_writer_sweeps_what_a_killed_one_left(tmp_path: Path) -> None:
