@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import stat
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 
@@ -160,6 +162,29 @@ def test_remove_looks_at_the_file_that_is_there_now(tmp_path: Path) -> None:
     assert names(entries) == ["a", "b"]
     assert entries.remove("a", lambda file: file.read() == b"new")
     assert names(entries) == ["b"]
+
+
+def test_remove_looks_and_removes_in_one_go(tmp_path: Path) -> None:
+    """While it looks, no writer can put a newer file under the name: the lock is taken."""
+    entries = Entries(tmp_path, pattern=PATTERN, max_bytes=100)
+    entries.write("a", b"old")
+
+    def is_it(file: BinaryIO) -> bool:
+        with (tmp_path / LOCK).open() as lock, pytest.raises(BlockingIOError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+
+    assert entries.remove("a", is_it)
+
+
+def test_what_is_written_after_a_use_is_the_later_of_the_two(tmp_path: Path) -> None:
+    """The kernel's own stamp may be a few milliseconds behind the clock: such an entry would be evicted first."""
+    entries = Entries(tmp_path, pattern=PATTERN, max_bytes=100)
+    entries.write("a", b"a")
+    for _ in range(10):
+        assert read(entries, "a") == b"a"
+        entries.write("b", b"b")
+        assert (tmp_path / "a").stat().st_mtime_ns < (tmp_path / "b").stat().st_mtime_ns
 
 
 def test_a_failed_write_leaves_the_old_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
