@@ -15,7 +15,7 @@ import pytest
 
 from engine import prefix_store
 from engine.caches import KVCache, QuantizedKVCache, RotatingKVCache
-from engine.prefix_store import Identity, PrefixStore
+from engine.prefix_store import Found, Identity, PrefixStore
 from engine.prefixes import Caches, Checkpoint, take
 
 IDENTITY = Identity(model_id="tiny-1", quant_bits=0, ctx=4096, dtype="float16")
@@ -111,13 +111,21 @@ def test_what_another_policy_chose_is_a_miss(tmp_path: Path, monkeypatch: pytest
 
 def rewritten(path: Path, change: dict[str, Any], *, version: int | None = None) -> None:
     """The file with another header, whole in itself: right length, right hash."""
-    data = path.read_bytes()
-    magic, old, length, _ = prefix_store._PREAMBLE.unpack_from(data)
-    start = prefix_store._PREAMBLE.size
-    text = json.dumps(json.loads(data[start : start + length]) | change).encode()
-    digest = hashlib.sha256(text).digest()
-    head = prefix_store._PREAMBLE.pack(magic, old if version is None else version, len(text), digest)
-    path.write_bytes(head + text + data[start + length :])
+    text, payload = parts(path)
+    path.write_bytes(headed(json.dumps(json.loads(text) | change).encode(), version=version) + payload)
+
+
+def parts(path: Path) -> tuple[bytes, bytes]:
+    """Header and payload of a file."""
+    data, start = path.read_bytes(), prefix_store._PREAMBLE.size
+    end = start + prefix_store._PREAMBLE.unpack_from(data)[2]
+    return data[start:end], data[end:]
+
+
+def headed(text: bytes, *, version: int | None = None) -> bytes:
+    """A header behind its preamble."""
+    number = prefix_store.VERSION if version is None else version
+    return prefix_store._PREAMBLE.pack(prefix_store.MAGIC, number, len(text), hashlib.sha256(text).digest()) + text
 
 
 @pytest.mark.parametrize(
@@ -174,6 +182,21 @@ def test_a_whole_header_that_makes_no_sense_is_a_miss_and_no_exception(tmp_path:
         path.write_bytes(whole)
         rewritten(path, change)
         assert mine.restore(TEXT, coded) is None or field == "nonce", value
+
+
+def test_a_whole_header_that_is_none_is_a_miss_and_no_exception(tmp_path: Path) -> None:
+    mine = store(tmp_path)
+    mine.put(checkpoint(TEXT[:3]))
+    path = files(tmp_path)[0]
+    text, payload = parts(path)
+    long = json.dumps(json.loads(text) | {"more": "." * prefix_store._MAX_HEADER}).encode()
+    for other in (b"", b"{", b"[]", b"7", b"null", b"\xff", b"[" * 100_000, b"9" * 10_000, long):
+        path.write_bytes(headed(other) + payload)
+        assert mine.find(TEXT) is None, other[:20]
+        found = Found(checkpoint=checkpoint(TEXT[:3]), name=path.name, nonce="")
+        assert not mine.discard(found)
+    path.write_bytes(headed(text) + payload)
+    assert mine.find(TEXT) is not None
 
 
 def test_every_truncation_and_extension_is_a_miss(tmp_path: Path) -> None:
