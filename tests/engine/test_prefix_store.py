@@ -90,6 +90,20 @@ def test_the_longest_proper_prefix_is_found(tmp_path: Path) -> None:
     assert count([6, 6, 6]) is None
 
 
+def test_the_same_ids_in_another_order_or_beyond_16_and_32_bits_are_other_tokens(tmp_path: Path) -> None:
+    mine, text = store(tmp_path), [5, 1, 4, 70_000]
+    mine.put(checkpoint(text))
+    for other in (
+        text[::-1],
+        [1, 5, 4, 70_000],
+        [5, 1, 4, 70_000 - 2**16],
+        [5 + 2**16, 1, 4, 70_000],
+        [5 + 2**32, *text[1:]],
+    ):
+        assert mine.find([*other, 1]) is None, other
+    assert mine.find([*text, 1]) is not None
+
+
 @pytest.mark.parametrize("field", ["model_id", "quant_bits", "ctx", "dtype"])
 def test_another_identity_is_a_miss_and_both_live_side_by_side(tmp_path: Path, field: str) -> None:
     other = {"model_id": "tiny-2", "quant_bits": 8, "ctx": 8192, "dtype": "bfloat16"}[field]
