@@ -277,6 +277,10 @@ def test_only_what_fits_exactly_is_restored(model: Engine) -> None:
     ):
         broken = replace(kept, layers=(kept.layers[0], wrong, kept.layers[2]))
         assert restore(broken, PROMPT, model.caches) is None
+    for part in ("keys", "values"):
+        for other in (keys.astype(mx.float16), keys[:, :1], keys[..., :4]):
+            broken = replace(kept, layers=(kept.layers[0], replace(full, **{part: (other,)}), kept.layers[2]))
+            assert restore(broken, PROMPT, model.caches, layout) is None
 
 
 def test_a_checkpoint_is_as_large_as_its_tokens(model: Engine) -> None:

@@ -73,6 +73,28 @@ def test_a_state_taken_between_prepare_and_finalize_remembers_the_padding(kind: 
     assert twin.offset.tolist() == [7, 3]
 
 
+def test_a_state_remembers_right_padding_without_lengths() -> None:
+    cache, rows = caches.BatchKVCache([0, 0]), [Row(0), Row(1)]
+    cache.prepare(right_padding=[2, 0])
+    feed(cache, rows, [[True] * 3 + [False] * 2, [True] * 5], KINDS[0])
+    twin = caches.BatchKVCache.from_state(cache.state, cache.meta_state)
+    twin.finalize()
+    feed(twin, rows, [[True], [True]], KINDS[0])
+    assert twin.offset.tolist() == [4, 6]
+
+
+@by_kind
+def test_a_state_takes_the_place_of_another(kind: Kind) -> None:
+    """Whatever the cache has been through: nothing of what it was may stay."""
+    for make in (lived, alone):
+        (cache, rows), (used, others) = make(kind), make(kind)
+        feed(used, others, [[True] * 20] * len(others), kind)
+        feed(used, others, [[True]] * len(others), kind)
+        used.state, used.meta_state = cache.state, cache.meta_state
+        for n in (1, 2):
+            feed(used, rows, [[True] * n] * len(rows), kind)
+
+
 @by_kind
 def test_an_empty_state_is_a_state(kind: Kind) -> None:
     for cache in (kind.single(), kind.batch([2, 0])):
@@ -238,6 +260,32 @@ def test_an_extracted_row_does_not_follow_the_batch(kind: Kind) -> None:
 
 
 @by_kind
+def test_a_row_is_extracted_in_the_middle_of_a_prefill(kind: Kind) -> None:
+    lengths = [6, 2, 4]
+    cache, rows = kind.batch([0, 0, 0]), [Row(i) for i in range(3)]
+    cache.prepare(lengths=lengths, right_padding=[6 - n for n in lengths])
+    feed(cache, rows, [[c < n for c in range(5)] for n in lengths], kind)
+    for i, row in enumerate(rows):
+        gone, its = cache.extract(i), Row(row.name, row.length, row.start)
+        assert gone.offset == min(lengths[i], 5)
+        for n in (1, 3):
+            feed(gone, [its], [[True] * n], kind)
+    feed(cache, rows, [[c < n for c in (5,)] for n in lengths], kind)
+    cache.finalize()
+    feed(cache, rows, [[True]] * 3, kind)
+
+
+@by_kind
+def test_a_row_that_is_all_padding_is_extracted_empty(kind: Kind) -> None:
+    cache, rows = kind.batch([4, 0]), [Row(0), Row(1)]
+    feed(cache, rows, [[False] * 2, [True] * 2], kind)
+    assert cache.offset.tolist() == [-2, 2]
+    row = cache.extract(0)
+    assert (row.offset, row.empty(), row.nbytes) == (0, True, 0)
+    feed(row, [Row(0)], [[True] * 3], kind)
+
+
+@by_kind
 def test_other_is_left_alone_by_extend_and_merge(kind: Kind) -> None:
     a, b = lived(kind)[0], lived(kind)[0]
     b.update_and_fetch(*random_tokens(3, 12))
@@ -267,6 +315,15 @@ def test_what_does_not_fit_is_refused(kind: Kind) -> None:
     cache.prepare(lengths=[1, 2, 2], right_padding=[1, 0, 0])
     with pytest.raises(ValueError, match="finalize"):
         cache.extend(lived(kind)[0])
+    keys, values = random_tokens(3, 1)
+    with pytest.raises(ValueError, match="keys and values have 3 and 2 rows"):
+        cache.update_and_fetch(keys, values[:2])
+    single = kind.single()
+    single.update_and_fetch(*random_tokens(2, 1))
+    with pytest.raises(ValueError, match="don't fit"):
+        single.update_and_fetch(*random_tokens(1, 1))
+    with pytest.raises(ValueError, match="has 2 rows"):
+        type(cache).merge([single])
     others = [k for k in KINDS if k.name != kind.name]
     for other in others:
         with pytest.raises(ValueError, match="can't take the rows"):
@@ -303,7 +360,7 @@ def test_filter_takes_off_the_padding_that_nobody_needs() -> None:
     assert (cache.size(), cache.offset.tolist(), cache.left_padding.tolist()) == (5, [4, 5], [1, 0])
     assert cache.nbytes == 2 * HEADS * (DK + DV) * 4 * 5
     cache.filter([])
-    assert (cache.size(), cache.offset.tolist()) == (0, [])
+    assert (cache.size(), cache.offset.tolist(), cache.nbytes) == (0, [], 0)
 
 
 @by_kind
