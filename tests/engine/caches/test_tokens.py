@@ -276,6 +276,19 @@ def test_a_row_is_extracted_in_the_middle_of_a_prefill(kind: Kind) -> None:
 
 
 @by_kind
+def test_rows_leave_in_the_middle_of_a_prefill(kind: Kind) -> None:
+    lengths = [6, 2, 4]
+    cache, rows = kind.batch([0, 0, 0]), [Row(i) for i in range(3)]
+    cache.prepare(lengths=lengths, right_padding=[6 - n for n in lengths])
+    feed(cache, rows, [[c < n for c in range(3)] for n in lengths], kind)
+    cache.filter([2, 1])
+    feed(cache, [rows[2], rows[1]], [[c < n for c in range(3, 6)] for n in (4, 2)], kind)
+    cache.finalize()
+    assert cache.offset.tolist() == [4, 2]
+    feed(cache, [rows[2], rows[1]], [[True]] * 2, kind)
+
+
+@by_kind
 def test_a_row_that_is_all_padding_is_extracted_empty(kind: Kind) -> None:
     cache, rows = kind.batch([4, 0]), [Row(0), Row(1)]
     feed(cache, rows, [[False] * 2, [True] * 2], kind)
