@@ -157,6 +157,20 @@ def test_draws_and_penalties_are_the_requests_own(model: Engine) -> None:
         assert [found[numbers[i]] for i in range(7)] == wanted
 
 
+@pytest.mark.parametrize("name", ["repetition", "presence", "frequency"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_one_penalty_alone_is_enough(model: Engine, name: str, sign: int) -> None:
+    """Above and below what leaves the logits alone, in a batch whose other row has none."""
+    only = Sampling(**{name: 3.0**sign if name == "repetition" else 2.0 * sign})
+    wanted = alone(model, PROMPTS[4], 12, only)
+    assert wanted != model.generate(PROMPTS[4], max_tokens=12)
+    assert model.generate(PROMPTS[4], max_tokens=12, sampling=only) == wanted
+    batcher = Batcher(model)
+    numbers = batcher.add(PROMPTS[3], max_tokens=12), batcher.add(PROMPTS[4], max_tokens=12, sampling=only)
+    found = batcher.complete()
+    assert [found[n] for n in numbers] == [model.generate(PROMPTS[3], max_tokens=12), wanted]
+
+
 def test_generate_refuses_and_ends_as_the_batcher_does(model: Engine) -> None:
     stop = model.generate(PROMPTS[4], max_tokens=9, sampling=Sampling(temperature=1.0, seed=3))[5]
     for options in ({"stop": (stop,)}, {}):

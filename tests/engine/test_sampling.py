@@ -182,7 +182,8 @@ def test_what_needs_the_domain_says_so() -> None:
     logged = sampler(penalties(logits - mx.logsumexp(logits), history, repetition=1.3), temperature=0)
     assert (raw.item(), logged.item()) == (1, 0)
     assert shift_invariant(top_p=[1.0, 1.0])
-    for option in ({"repetition": 1.3}, {"presence": 0.1}, {"frequency": [0.0, 0.1]}, {"top_p": [1.0, 0.9]}):
+    more: list[dict[str, Any]] = [{"repetition": 0.7}, {"presence": -0.1}, {"frequency": -0.1}]
+    for option in (*more, {"repetition": 1.3}, {"presence": 0.1}, {"frequency": [0.0, 0.1]}, {"top_p": [1.0, 0.9]}):
         assert not shift_invariant(**option)  # type: ignore[arg-type]
 
 
@@ -211,11 +212,16 @@ def test_keys_decide_the_draw() -> None:
     [
         ({"temperature": -1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_k": 1.5}, "top_k"),
+        ({"top_k": float("nan")}, "top_k"),
         ({"top_p": 0}, "top_p"),
+        ({"top_p": float("nan")}, "top_p"),
         ({"top_p": [1.0, 1.1]}, "top_p"),
         ({"min_p": 2}, "min_p"),
+        ({"min_p": -0.1}, "min_p"),
+        ({"min_p": float("nan")}, "min_p"),
         ({"min_p": [0.1]}, "2 rows"),
         ({"key": mx.zeros((3, 2), mx.uint32)}, "key"),
         ({"key": mx.zeros((2,))}, "key"),
