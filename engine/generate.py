@@ -225,8 +225,10 @@ class Engine:
             yield name, stack.values(self.dtype)
 
     def _step(self, tokens: Sequence[int], caches: list[Cache], tap: Tap | None, rows: Rows | None = None) -> int:
-        """Feed `tokens` (L) at once; the next token, greedy or chosen by the one of `rows`. One evaluation, then the
-        probes go to the tap."""
+        """Feed `tokens` (L) at once; the next token, greedy or as `rows` (of one request) choose it.
+
+        One evaluation, then the probes go to the tap.
+        """
         with mx.stream(self.device.handle):
             step = None if tap is None else Step()
             probe = None if step is None else step.note
