@@ -233,9 +233,9 @@ def test_every_damaged_byte_is_a_miss(tmp_path: Path) -> None:
     path = files(tmp_path)[0]
     data = path.read_bytes()
     for i, byte in enumerate(data):
-        for other in (byte ^ 1 << (i % 8), 255 - byte):
-            path.write_bytes(data[:i] + bytes([other]) + data[i + 1 :])
-            assert mine.find(TEXT) is None, f"byte {i} of {len(data)} is {other}, was {byte}"
+        other = byte ^ 1 << (i % 8)
+        path.write_bytes(data[:i] + bytes([other]) + data[i + 1 :])
+        assert mine.find(TEXT) is None, f"byte {i} of {len(data)} is {other}, was {byte}"
 
 
 def test_foreign_and_unreadable_files_are_misses_and_stay(tmp_path: Path) -> None:
