@@ -275,6 +275,15 @@ def test_a_row_is_extracted_in_the_middle_of_a_prefill(kind: Kind) -> None:
     feed(cache, rows, [[True]] * 3, kind)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "max_size" in kind.rules], ids=lambda kind: kind.name)
+def test_a_row_goes_with_its_window_alone_after_a_long_chunk(kind: Kind) -> None:
+    batch, single = kind.batch([0, 0]), kind.single()
+    batch.update_and_fetch(*random_tokens(2, 20))
+    single.update_and_fetch(*random_tokens(1, 20))
+    for cache in (batch.extract(1), type(batch).merge([single])):
+        assert (cache.keys.shape[2], cache.size()) == (kind.rules["max_size"],) * 2
+
+
 @by_kind
 def test_rows_leave_in_the_middle_of_a_prefill(kind: Kind) -> None:
     lengths = [6, 2, 4]
