@@ -61,6 +61,9 @@ def test_a_subclass_is_another_class(base: type[Any]) -> None:
     if base is caches.KVCache:
         with pytest.raises(ValueError, match="Mine has no batched form"):
             mine.merge([mine()])
+        for rows in ([mine()], [caches.KVCache(), mine()]):
+            with pytest.raises(ValueError, match="merges caches of class KVCache"):
+                caches.BatchKVCache.merge(rows)
 
 
 def test_the_policy_is_this_one() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
@@ -240,6 +241,15 @@ def test_an_extracted_row_keeps_no_memory_of_the_batch(kind: Kind) -> None:
     assert freed <= 1.5 * logical
     view, _ = retained(lambda cache, i: _viewed(cache, i))
     assert view > 4 * freed, "a view of the row must be seen to keep the batch"
+
+
+@by_kind
+def test_an_extracted_row_waits_for_nothing(kind: Kind) -> None:
+    """A copy that is yet to be made holds the whole batch until somebody asks for it."""
+    for row, done in ((lived(kind)[0].extract(1), True), (_viewed(lived(kind)[0], 1), False)):
+        graph = io.StringIO()
+        mx.export_to_dot(graph, *row._slots.arrays)
+        assert ("rectangle" not in graph.getvalue()) == done
 
 
 def _viewed(cache: Any, i: int) -> Any:
