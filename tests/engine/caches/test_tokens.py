@@ -295,6 +295,20 @@ def test_a_row_goes_with_its_window_alone_after_a_long_chunk(kind: Kind) -> None
 
 
 @by_kind
+def test_a_chunk_of_nothing_but_padding_costs_a_row_no_token(kind: Kind) -> None:
+    """Or what is extracted for a checkpoint lacks the window's oldest token."""
+    cache, rows = kind.batch([0, 0]), [Row(0), Row(1)]
+    cache.prepare(lengths=[20, 9], right_padding=[0, 11])
+    feed(cache, rows, [[True] * 10, [True] * 9 + [False]], kind)
+    feed(cache, rows, [[True] * 5, [False] * 5], kind)
+    feed(cache, rows, [[True] * 5, [False] * 5], kind)
+    cache.finalize()
+    row, held = cache.extract(1), min(9, kind.rules.get("max_size", 9))
+    assert (row.offset, row.size()) == (9, held)
+    assert (row.keys[0] if isinstance(row.keys, tuple) else row.keys).shape[2] == held
+
+
+@by_kind
 def test_rows_leave_in_the_middle_of_a_prefill(kind: Kind) -> None:
     lengths = [6, 2, 4]
     cache, rows = kind.batch([0, 0, 0]), [Row(i) for i in range(3)]
