@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import io
 import itertools
 from pathlib import Path
 from typing import Any
@@ -286,6 +287,28 @@ def test_a_cancelled_request_is_gone_wherever_it_was(model: Engine, moment: int,
         found = [event.token for event in events + rest if event.request == numbers[i]]
         assert found == model.generate(prompts[i], max_tokens=8)
     assert not batcher.cancel(99)
+
+
+def test_the_only_request_is_cancelled_in_the_middle_of_its_prefill(model: Engine) -> None:
+    batcher = Batcher(model, chunk=8)
+    number = batcher.add(PROMPTS[6], max_tokens=3)
+    assert batcher.step() == []
+    assert batcher.cancel(number)
+    assert not batcher.busy
+    other = batcher.add(PROMPTS[2], max_tokens=3)
+    assert batcher.complete() == {other: model.generate(PROMPTS[2], max_tokens=3)}
+
+
+def test_a_row_decodes_in_the_step_of_its_last_chunk_and_no_chunk_waits(model: Engine) -> None:
+    batcher = Batcher(model, chunk=10)
+    batcher.add(PROMPTS[6], max_tokens=2)
+    for _ in range(2):
+        assert batcher.step() == []
+        assert batcher._joining is not None
+        graph = io.StringIO()
+        mx.export_to_dot(graph, *(x for cache in batcher._joining.rows.caches for x in cache._slots.arrays))
+        assert "rectangle" not in graph.getvalue(), "a chunk is yet to be computed"
+    assert [event.token for event in batcher.step()] == model.generate(PROMPTS[6], max_tokens=1)
 
 
 def held(rows: Rows, tmp_path: Path) -> int:
