@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from typing import Any
 
 import mlx.core as mx
@@ -130,6 +131,32 @@ def test_a_mask_honours_left_padding_and_lengths_together() -> None:
     merged = ArraysCache.merge([ArraysCache(1), ArraysCache(1)])
     merged.prepare(lengths=[1, 2])
     assert np.array(merged.make_mask(2)).tolist() == [[True, False], [True, True]]
+
+
+def test_the_paddings_of_a_recurrent_state_go_with_its_rows() -> None:
+    def check(cache: ArraysCache, rows: list[tuple[int, int]]) -> None:
+        left, lengths = (np.array(x)[:, None] for x in zip(*rows, strict=True))
+        assert np.array_equal(np.array(cache.make_mask(6)), (np.arange(6) >= left) & (np.arange(6) < lengths))
+
+    cache = ArraysCache(1, left_padding=[0, 1, 2])
+    cache.prepare(left_padding=[1, 0, 0], lengths=[2, 4, 3])
+    check(cache, [(1, 2), (1, 4), (2, 3)])
+    cache.filter([2, 0])
+    check(cache, [(2, 3), (1, 2)])
+    other = ArraysCache(1, left_padding=[3])
+    other.prepare(lengths=[5])
+    other[0] = mx.ones((1, 4))
+    cache.extend(other)
+    check(cache, [(2, 3), (1, 2), (3, 5)])
+    assert cache[0][:, 0].tolist() == [0, 0, 1], "rows that have set nothing are zeros"
+    twin = ArraysCache(1)
+    twin.state = cache.state
+    check(twin, [(2, 3), (1, 2), (3, 5)])
+    with pytest.raises(ValueError, match="finalize"):
+        cache.extend(ArraysCache(1))
+    graph = io.StringIO()
+    mx.export_to_dot(graph, cache.extract(2)[0])
+    assert "rectangle" not in graph.getvalue(), "the row is yet to be copied, and holds the batch until then"
 
 
 def test_a_slice_that_becomes_a_state_keeps_no_memory_of_its_array() -> None:

@@ -54,6 +54,7 @@ def test_state_and_meta_state_are_the_whole_cache(kind: Kind, make: Callable[[Ki
         twin = type(cache).from_state(cache.state, cache.meta_state)
     assert same(twin.state, cache.state)
     assert twin.meta_state == cache.meta_state
+    assert twin.codec == cache.codec
     assert (twin.size(), twin.is_trimmable(), twin.empty()) == (cache.size(), cache.is_trimmable(), False)
     for n in (1, 3, 1):
         before = [Row(r.name, r.length, r.start) for r in rows]
@@ -262,9 +263,12 @@ def _viewed(cache: Any, i: int) -> Any:
 def test_an_extracted_row_does_not_follow_the_batch(kind: Kind) -> None:
     cache, _ = lived(kind)
     row = cache.extract(1)
+    assert same(cache.extract(-2).state, row.state)
     before = [np.array(y) for x in row.state for y in (x if isinstance(x, tuple) else (x,))]
     cache.update_and_fetch(*random_tokens(3, 4))
-    cache.filter([0])
+    last = cache.extract(2)
+    cache.filter([-1, 0])
+    assert same(cache.extract(0).state, last.state)
     after = [np.array(y) for x in row.state for y in (x if isinstance(x, tuple) else (x,))]
     assert all(np.array_equal(a, b) for a, b in zip(after, before, strict=True))
 
