@@ -365,6 +365,8 @@ def test_what_does_not_fit_is_refused(kind: Kind) -> None:
     cache.prepare(lengths=[1, 2, 2], right_padding=[1, 0, 0])
     with pytest.raises(ValueError, match="finalize"):
         cache.extend(lived(kind)[0])
+    with pytest.raises(ValueError, match="finalize"):
+        lived(kind)[0].extend(cache)
     keys, values = random_tokens(3, 1)
     with pytest.raises(ValueError, match="keys and values have 3 and 2 rows"):
         cache.update_and_fetch(keys, values[:2])
