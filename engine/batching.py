@@ -48,8 +48,7 @@ class Batcher:
     """Serves requests with one Engine, at most `max_rows` at a time: `add` them, then `step`, `run` or `complete`.
 
     chunk: tokens of a row in a prefill step. prefixes: where prompts look for a prefix, and leave their own. The caches
-    are the engine's, quantised if it was loaded so. Not for several threads. Raises ValueError for a size below 1, or
-    for several rows on the engine's own kernels, which take one.
+    are the engine's, quantised if it was loaded so. Not for several threads. Raises ValueError for a size below 1.
     """
 
     def __init__(
@@ -62,8 +61,6 @@ class Batcher:
     ) -> None:
         if max_rows < 1 or chunk < 1:
             raise ValueError(f"max_rows is {max_rows} and chunk {chunk}; at least 1 is expected of each")
-        if engine.blocks and max_rows > 1:
-            raise ValueError(f"max_rows is {max_rows}; our own kernels take one row at a time, kernels mlx any")
         config = engine.config
         self._engine = engine
         self._max_rows = max_rows

@@ -28,8 +28,10 @@ def attention_mask(
 
     Query i lies in column c = offset + i, after `offset` buffered ones. It sees column j iff p_b <= j <= c and
     (j > c − window_size or j < p_b + keep), with p_b = left_padding[b], below 0 as 0: a window slides, a row's first
-    `keep` tokens stay. A query inside the padding sees nothing. `return_array` asks for an array instead of "causal";
-    one token that sees everything gets None all the same. Raises ValueError for sizes below 1.
+    `keep` tokens stay. A query inside the padding sees nothing. `return_array` asks for an array instead of "causal".
+    None is for one token without a window and without padding, and only then: attention without a mask may be another
+    kernel that rounds otherwise, and so the kernel doesn't change when a window begins to bind. Raises ValueError for
+    sizes below 1.
     """
     if n < 1 or (window_size is not None and window_size < 1):
         raise ValueError(f"n is {n} and window_size {window_size}; at least 1 is expected of each")
@@ -37,9 +39,9 @@ def attention_mask(
     # The last query is the one that a window shortens most: the row's column 0 must be in its reach, or in `keep`.
     window = None if window_size is None or offset + n <= window_size + keep else window_size
     if window is None and not padding:
-        if n == 1:
+        if n == 1 and window_size is None:
             return None
-        if not return_array:
+        if n > 1 and not return_array:
             return "causal"
     queries, keys = mx.arange(offset, offset + n)[:, None], mx.arange(offset + n)
     first = mx.array(padding)[:, None, None, None] if padding else mx.array(0)

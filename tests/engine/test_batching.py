@@ -87,6 +87,15 @@ def test_every_request_gets_what_it_gets_alone(
     assert not batcher.busy
 
 
+def test_our_own_kernels_serve_rows_of_different_lengths(tmp_path: Path) -> None:
+    """Positions, masks and experts of a batch by the kernels; in float16 one multiplies single tokens and several."""
+    sizes = {"hidden_size": 256, "moe_intermediate_size": 256, "n_routed_experts": 4}
+    ours = engine.load(make_checkpoint(tmp_path / "model", gguf="Q4_K", **sizes), dtype="float16", kernels="host")
+    batcher = Batcher(ours, max_rows=3, chunk=4)
+    wanted = {batcher.add(prompt, max_tokens=5): ours.generate(prompt, max_tokens=5) for prompt in PROMPTS[:5]}
+    assert batcher.complete() == wanted
+
+
 def test_logits_of_a_row_are_its_own_within_twice_the_arithmetics_bound(model: Engine) -> None:
     """Neighbours come, go and are longer: the row's logits are compared in every step, not only its tokens."""
     prompt, others = PROMPTS[2], [PROMPTS[6], PROMPTS[0], PROMPTS[3]]
@@ -418,8 +427,6 @@ def test_a_stored_prefix_of_another_model_starts_cold_and_is_discarded(model: En
 
 def test_bad_requests_are_refused_before_they_join(model: Engine) -> None:
     batcher = Batcher(model)
-    blocks: Any = {"model.layers.0.mlp.experts.up_proj.weight": None}
-    on_ours = Engine(model.model, model.config, dtype=model.dtype, device=model.device, blocks=blocks)
     for call, says in (
         (lambda: batcher.add([], max_tokens=1), "empty"),
         (lambda: batcher.add([61], max_tokens=1), "vocabulary"),
@@ -429,7 +436,6 @@ def test_bad_requests_are_refused_before_they_join(model: Engine) -> None:
         (lambda: batcher.add([1], max_tokens=1, sampling=Sampling(seed=-1)), "seed"),
         (lambda: Batcher(model, max_rows=0), "max_rows"),
         (lambda: Batcher(model, chunk=0), "chunk"),
-        (lambda: Batcher(on_ours), "one row at a time"),
     ):
         with pytest.raises(ValueError, match=says) as error:
             call()
