@@ -3,9 +3,10 @@
 B batch, Hq = r·Hkv query heads, Hkv key heads, L queries, S keys, D and Dv head sizes.
 
 A query that sees no key has no softmax. Two conventions are in use and both are accepted: zeros, and the mean of all
-values, which is what filling with a finite number gives. With sinks only zeros are right. A row hidden by an additive
-mask of −inf is left out unless there are sinks: published code gives NaN there. Where all keys are hidden by finite
-numbers as low as the dtype has, their differences may be lost, and zeros are accepted too.
+values, which is what filling with a finite number gives. Where an additive mask of −inf hides all keys, NaN is a third
+one: −inf is what the scores themselves become, and MLX's CPU backend gives it. With sinks only zeros are right. Where
+all keys are hidden by finite numbers as low as the dtype has, their differences may be lost, and zeros are accepted
+too.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from audits import attention_masks as masks
-from audits.contract import Finding
+from audits.contract import Extra, Finding
 from audits.domain import Case, Choice, Field, Range
 from audits.frameworks import DTYPES
 from audits.rows import judge_rows
@@ -33,8 +34,9 @@ Array = np.ndarray[Any, np.dtype[Any]]
 # normal: N(0,1). flat: scores near zero. peaked: ×8. x30: queries and values. far: all scores below what a running
 # maximum may start from. constant: one value for all keys, so that weights must sum to one. ties: three distinct keys.
 # rising: every key scores above those before it. sparse: two dims of a query say everything. needle: one visible key
-# of each query outweighs all others, half the time the last one. positive: values of one sign, flat scores, so that a
-# sum in low precision shows. poisoned: huge keys and values where no query looks.
+# of each query outweighs all others, half the time the last one. decoy: a hidden key of each query would, half the time
+# one beside a visible key. positive: values of one sign, flat scores, so that a sum in low precision shows. poisoned:
+# huge keys and values where no query looks. alike: the same in all batch rows and heads.
 VALUES = (
     "normal",
     "flat",
@@ -46,8 +48,10 @@ VALUES = (
     "rising",
     "sparse",
     "needle",
+    "decoy",
     "positive",
     "poisoned",
+    "alike",
 )
 SINKS = ("none", "normal", "large", "negative")
 # The factor of the scores, or "rsqrt" for the usual D^−½.
@@ -55,7 +59,7 @@ SCALES = ("rsqrt", 1.0, 0.3, 0.0625)
 FIELDS: dict[str, Field] = {
     "B": Range(1, 3),
     "Hkv": Range(1, 3),
-    "r": Choice((1, 2, 4)),
+    "r": Choice((1, 2, 4, 3, 8)),
     "L": Range(1, 12),
     "S": Range(1, 70),
     "D": Choice((32, 64, 80, 96, 128, 256)),
@@ -71,20 +75,33 @@ FIELDS: dict[str, Field] = {
 }
 
 
+EXTRAS = (
+    Extra(
+        name='"causal" with more queries than keys',
+        case={"mask": "causal", "L": 3, "S": 2},
+        covers=lambda case: case["mask"] == "causal" and case["L"] > case["S"],
+    ),
+    Extra(
+        name="head sizes but 32, 64, 80, 96, 128 and 256",
+        case={"D": 72, "Dv": "D"},
+        covers=lambda case: not {case["D"], value_size(case)} <= {32, 64, 80, 96, 128, 256},
+    ),
+)
+
+
 def valid(case: Case) -> bool:
     """Whether the fields of a case mean something together."""
-    diagonal = case["mask"] != "none" and case["pattern"] in ("causal", "window", "padding")
-    if (diagonal or case["mask"] == "causal") and case["L"] > case["S"]:
-        return False  # queries before the first key: conventions differ, and nobody asks for them
-    unseen = case["mask"] == "additive" and case["pattern"] == "empty" and case["fill"] in ("-inf", "mixed")
-    if case["mask"] == "additive" and case["pattern"] == "empty" and case["L"] < 3:
-        return False  # all queries may see nothing: then nothing can be judged
+    before = case["pattern"] in ("causal", "window") and case["L"] > case["S"]
+    few = case["L"] < 3 or case["plane"] in ("B11S", "BH1S")
+    finite = case["mask"] == "additive" and case["fill"] in ("lowest", "large")
+    if finite and (before or (case["pattern"] == "empty" and few)):
+        return False  # all queries may see nothing, and what they give be anything: then nothing can be judged
     # A half intermediate has to hold the score before it is scaled.
     far = case["values"] == "far" and (case["scale"] != 1.0 or case["fill"] in ("lowest", "large", "bias", "mixed"))
     # bfloat16 has no digits for such scores: the bound would be wider than the values.
     steep = (case["values"] == "x30" and case["scale"] != "rsqrt") or (case["scale"] == 1.0 and case["D"] > 32)
     blurred = case["dtype"] == "bfloat16" and steep and case["values"] != "far"
-    return not far and not blurred and not (unseen and case["sinks"] == "none")
+    return not far and not blurred
 
 
 def value_size(case: Case) -> int:
@@ -129,10 +146,12 @@ def operands(case: Case, rng: np.random.Generator, mask: Array | str | None) -> 
     elif kind == "sparse":
         keep = rng.random(q.shape).argsort(-1) < 2
         q = np.where(keep, q, 0) * 4 / scale
-    elif kind == "needle":
+    elif kind in ("needle", "decoy"):
         q = _needles(case, rng, k, mask) * ((14 if S < 10000 else 20) / (scale * D))
     elif kind == "positive":
         q, v = 0.1 * q, np.abs(v) + 0.1
+    elif kind == "alike":
+        q, k, v = (np.broadcast_to(x[:1, :1], x.shape).copy() for x in (q, k, v))
     elif kind == "poisoned":
         unseen = _unseen(case, mask)
         k, v = np.where(unseen, 50 * k, k), np.where(unseen, 1000 * v, v)
@@ -147,14 +166,24 @@ def _unseen(case: Case, mask: Array | str | None) -> Array:
 
 
 def _needles(case: Case, rng: np.random.Generator, k: Array, mask: Array | str | None) -> Array:
-    """For each query a key that it sees, the last one half the time, [B, Hq, L, D]."""
+    """For each query a key that it sees, the last one half the time; or a decoy, if it has one, [B, Hq, L, D]."""
     B, Hkv, r, L, S = (case[n] for n in ("B", "Hkv", "r", "L", "S"))
     seen = masks.visible(mask, (B, Hkv * r, L, S))
-    chance = np.where(seen, 1 + rng.random(seen.shape), 0)
+    half = rng.random(seen.shape[:3]) < 0.5
     last = S - 1 - seen[..., ::-1].argmax(-1)
-    target = np.where(rng.random(last.shape) < 0.5, last, chance.argmax(-1))
-    keys = np.repeat(k, r, axis=1)
-    return np.take_along_axis(keys, target[..., None], axis=2)
+    target = np.where(half, last, _any(seen, rng))
+    if case["values"] == "decoy":
+        hidden = ~seen
+        beside = hidden.copy()
+        beside[..., 1:-1] &= seen[..., :-2] | seen[..., 2:]
+        target = np.where(hidden.any(-1), np.where(half, _any(beside, rng), _any(hidden, rng)), target)
+    rows, heads = np.arange(B)[:, None, None], np.arange(Hkv * r)[:, None] // r
+    return np.asarray(k[rows, heads, target])
+
+
+def _any(where: Array, rng: np.random.Generator) -> Array:
+    """One index along the last axis for which `where` is true, at random; 0 if there is none."""
+    return np.asarray(np.where(where, 1 + rng.random(where.shape), 0).argmax(-1))
 
 
 def sinks_of(case: Case, rng: np.random.Generator) -> Array | None:
@@ -224,28 +253,28 @@ def judge(output: Array, inputs: Inputs, arithmetic: Arithmetic) -> Finding | No
         return judge_rows(output, exact)
     hidden, lost = masks.blind(inputs.mask, inputs.shape)
     if inputs.sinks is None and (hidden.any() or lost.any()):
-        zero = (output == 0).all(-1)
+        zero, nan = (output == 0).all(-1), np.isnan(output).all(-1) & hidden & masks.additive(inputs.mask)
         exact = _mapped(lambda x: torch.where(_rows(zero & (hidden | lost)), 0.0, x), exact)
-        filled, lost = hidden & ~zero, lost & ~zero
-        if filled.any() or lost.any():
-            mean = inputs.mean(arithmetic)
-            found = _blind_finding(output, mean, filled, zero & hidden) if filled.any() else None
-            if found is not None:
-                return found
-            exact = _mapped(lambda x, y: torch.where(_rows(filled), y, x), exact, mean)
-            exact = _mapped(lambda x, y: torch.where(_rows(lost), y, x), exact, inputs.between(mean))
+        filled, lost, mean = hidden & ~zero & ~nan, lost & ~zero, inputs.mean(arithmetic)
+        if found := _blind_finding(output, mean, filled, zero & hidden, nan):
+            return found
+        exact = _mapped(lambda x, y: torch.where(_rows(filled), y, x), exact, mean)
+        exact = _mapped(lambda x, y: torch.where(_rows(lost), y, x), exact, inputs.between(mean))
+        output = np.where(nan[..., None], np.zeros((), output.dtype), output)
     return judge_rows(output, exact)
 
 
-def _blind_finding(output: Array, mean: Bounded, rest: Array, zero: Array) -> Finding | None:
-    """What is wrong with rows [B, Hq, L] that see no key and aren't zero, given the mean of all values."""
+def _blind_finding(output: Array, mean: Bounded, rest: Array, zero: Array, nan: Array) -> Finding | None:
+    """What is wrong with rows [B, Hq, L] that see no key and aren't zero or NaN, given the mean of all values."""
     inside = np.abs(output.astype(np.float64) - mean.expected.numpy()) <= mean.bound.numpy()
     wrong = rest & ~inside.all(-1)
-    if not wrong.any() and not zero.any():
+    kinds = {"a mean": rest, "zeros": zero, "NaN": nan}
+    given = [name for name, where in kinds.items() if where.any()]
+    if not wrong.any() and len(given) < 2:
         return None
-    b, h, query = (int(i) for i in np.argwhere(wrong if wrong.any() else rest)[0])
+    b, h, query = (int(i) for i in np.argwhere(wrong if wrong.any() else kinds[given[0]])[0])
     first = ", ".join(f"{float(x):.5g}" for x in output[b, h, query, :3])
-    what = "neither zeros nor the mean of all values" if wrong.any() else "a mean, and others zeros"
+    what = "neither zeros nor the mean of all values" if wrong.any() else f"{given[0]}, and others {given[1]}"
     return Finding(
         check="fully masked rows", message=f"query [{b},{h},{query}] sees no key and gives {first}, …: {what}"
     )

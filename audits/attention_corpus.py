@@ -1,8 +1,8 @@
 """Boundary cases of attention: tiles, planes, sizes and adversarial values, each crossed with what it may meet.
 
-Kernels differ by the number of queries (one, a few, a tile), by whether lengths fill their tiles, by head size and by
-the form of the mask. Residues are taken modulo 128, and so modulo each smaller tile; L and S − L are varied
-independently.
+Kernels differ by the number of queries (one, a few, a tile), by whether lengths fill their tiles, by head size, by how
+many query heads share a key head and by the form of the mask. Residues are taken modulo 128, and so modulo each smaller
+tile; L and S − L are varied independently.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ import numpy as np
 
 from audits.attention_cases import SINKS, VALUES
 from audits.attention_masks import PLANES
-from audits.domain import Case, residues
+from audits.domain import Case
+from audits.frameworks import DTYPES
 
 # One setting of the options each, over one shape as far as they allow, so that a kernel kept by shape alone shows.
 SHAPE: Case = {"B": 2, "Hkv": 2, "r": 2, "L": 3, "S": 11}
@@ -42,27 +43,36 @@ MASKS: list[Case] = [
 ]
 
 
+# Numbers of keys from which on released engines take other kernels, more splits, or wider indices.
+THRESHOLDS = (256, 1024, 4096, 8192, 32768)
+# Head sizes of latent attention, and such as fill no simdgroup or no vector of 16.
+RARE = ((192, 128), (576, 512), (512, "D"), (72, "D"), (112, "D"), (40, 72), (16, "D"), (120, 128))
+
+
 def corpus(full: bool) -> Iterator[Case]:
     yield from _lengths(full)
     yield from _planes()
+    yield from _blind()
+    yield from _groups()
     yield from _values(full)
     yield from _sizes(full)
+    yield from _shared()
+    yield from _thresholds()
     yield from _long(full)
 
 
 def _pick(i: int) -> Case:
-    """Another mask, sinks and values for each i, in all pairings over a period of 9·4·7."""
-    kinds = ("normal", "needle", "positive", "peaked", "constant", "poisoned", "sparse")
+    """Another mask, sinks and values for each i, in all pairings over a period of 9·4·11."""
+    kinds = ("normal", "needle", "decoy", "positive", "peaked", "constant", "needle", "poisoned", "sparse", "decoy", "rising")
     return {**MASKS[i % len(MASKS)], "sinks": SINKS[i % len(SINKS)], "values": kinds[i % len(kinds)]}
 
 
 def _lengths(full: bool) -> Iterator[Case]:
-    """L and S − L over all residues modulo 128, and every S up to 128 for one query."""
-    pairs = zip(*residues(128, 2, 1), strict=True)
-    for i, (L, rest) in enumerate(pairs):
-        if full or i % 2 == 0:
-            yield {**_pick(i), "L": L, "S": L + rest - 1, "r": 1 + i % 2}
-    for S in range(1, 129 if full else 67):
+    """L and S − L over all residues modulo 128, L modulo 8 with S modulo 16, and every S up to 128 for one query."""
+    for i in range(128):
+        L, rest = i + 1, (i // 8 - i) % 16 + 16 * (i % 8)
+        yield {**_pick(i), "L": L, "S": L + rest, "r": 1 + i % 2}
+    for S in range(1, 129):
         yield {**_pick(S), "L": 1, "S": S, "Hkv": 1 + S % 2, "r": (1, 2, 4)[S % 3], "B": 1 + S % 2}
     for S in () if full else (95, 96, 97, 127, 128, 129):
         yield {"L": 1, "S": S, "r": 4, "values": "needle"}
@@ -81,13 +91,32 @@ def _planes() -> Iterator[Case]:
                 yield {**shape, "mask": "bool", "plane": plane, "sinks": SINKS[(i + j) // 2 % 2]}
             else:
                 yield {**shape, "mask": "additive", "plane": plane, "fill": ("mixed", "-inf", "bias")[(i + j) // 2 % 3]}
-    for plane, sinks in product(("LS", "B1LS", "BHLS"), ("none", "normal")):  # queries that see nothing
+    for i, (B, plane) in enumerate(product((2, 3), ("LS", "11LS", "B1LS", "1HLS", "B11S"))):
+        # As many queries as batch rows or heads, so that a plane's axes taken for others' fit.
+        yield {"B": B, "Hkv": 2, "r": 1 + i % 2, "L": B, "S": 9, "mask": "bool", "plane": plane, "values": "decoy"}
+        yield {"B": 2, "Hkv": B, "r": 1, "L": B, "S": 9, "mask": "additive", "plane": plane, "values": "decoy"}
+
+
+def _blind() -> Iterator[Case]:
+    """Queries that see no key: hidden by every form of mask, or before the first key."""
+    for plane, sinks in product(("LS", "B1LS", "BHLS"), ("none", "normal")):
         for L in (1, 4, 9):
-            shape = {**SHAPE, "L": L, "S": 13, "plane": plane, "pattern": "empty", "sinks": sinks}
+            shape: Case = {**SHAPE, "L": L, "S": 13, "plane": plane, "pattern": "empty", "sinks": sinks}
             yield {**shape, "mask": "bool"}
-            yield {**shape, "mask": "additive", "fill": "lowest"}
-            if sinks != "none":
-                yield {**shape, "mask": "additive", "fill": "-inf"}
+            for fill in ("lowest", "large", "-inf", "mixed"):
+                yield {**shape, "mask": "additive", "fill": fill}
+    for i, (L, S) in enumerate(((2, 1), (3, 2), (8, 5), (9, 1), (17, 16), (33, 8), (40, 33), (70, 64), (130, 3))):
+        for sinks in ("none", "normal"):
+            yield {**SHAPE, "B": 1 + i % 2, "L": L, "S": S, "mask": "causal", "sinks": sinks}
+        yield {**SHAPE, "L": L, "S": S, "mask": "bool", "pattern": "window", "W": 2, "plane": "BHLS"}
+        yield {**SHAPE, "L": L, "S": S, "mask": "additive", "pattern": "causal", "plane": "B1LS"}
+
+
+def _groups() -> Iterator[Case]:
+    """Numbers of query heads on a key head that are no power of two, or more than a simdgroup's part."""
+    for i, (r, Hkv) in enumerate(product((3, 5, 6, 7, 8, 12, 16, 24), (1, 2, 3))):
+        L = (1, 1, 4, 9)[i % 4]
+        yield {**_pick(i), "r": r, "Hkv": Hkv, "L": L, "S": 40 + i, "B": 1 + i % 2, "values": "needle"}
 
 
 def _values(full: bool) -> Iterator[Case]:
@@ -110,6 +139,48 @@ def _sizes(full: bool) -> Iterator[Case]:
     for i, (D, Dv) in enumerate(product((32, 64, 80, 96, 128, 256), ("D", 32, 64, 128))):
         for L in (1, 4) if full else ((1, 4)[i % 2],):
             yield {**_pick(i), "D": D, "Dv": Dv, "L": L, "S": 21, "r": 2, "B": 2}
+    for i, (D, Dv) in enumerate(RARE):
+        for L in (1, 4, 33):
+            yield {**_pick(3 * i + L), "D": D, "Dv": Dv, "L": L, "S": 37, "r": 2, "scale": "rsqrt"}
+
+
+def _shared() -> Iterator[Case]:
+    """Operands that lie in memory once for all rows or heads."""
+    for i, operand in enumerate(("mask", "k", "v", "q")):
+        for j, (L, S) in enumerate(((1, 40), (5, 40), (33, 70))):
+            shape: Case = {**SHAPE, "L": L, "S": S, "layout": "broadcast", "operand": operand, "values": "decoy"}
+            if operand == "mask":
+                for plane, mask in product(("same", "BHLS"), ("bool", "additive")):
+                    yield {**shape, "mask": mask, "plane": plane, "pattern": ("random", "padding")[j % 2]}
+            else:
+                yield {**shape, **MASKS[(i + j) % len(MASKS)], "values": "alike"}
+
+
+def _thresholds() -> Iterator[Case]:
+    """Keys beyond where engines change kernels, each pair of settings that such a choice may look at met by each length.
+
+    An orthogonal array: with a, b in 0 … 3, the columns a, b, a ⊕ b and two more products over GF(4) meet pairwise.
+    """
+    masks: list[Case] = [
+        {},
+        {"mask": "causal"},
+        {"mask": "bool", "plane": "B1LS", "pattern": "window", "W": 17},
+        {"mask": "additive", "plane": "BHLS", "fill": "-inf"},
+    ]
+    heads: list[Case] = [{"r": 2}, {"B": 2}, {"Hkv": 2}, {"B": 2, "Hkv": 2}]
+    options: list[Case] = [{}, {"sinks": "large"}, {"sinks": "normal", "D": 64}, {"D": 128}]
+    dtypes = (*DTYPES, "bfloat16")
+    for t, n in enumerate(THRESHOLDS):
+        for a, b in product(range(4), repeat=2):
+            c, d, e = a ^ b, _twice(a) ^ b ^ t % 4, _twice(_twice(a)) ^ b ^ t % 4
+            shape: Case = {"L": (1, 3, 1, 12)[c], "S": n + 5 + a + 4 * b, "values": ("decoy", "needle")[a // 2 ^ b % 2]}
+            case = {**shape, **masks[a], **heads[b], **options[d], "dtype": dtypes[e]}
+            yield {**case, "L": min(case["L"], 2), "D": 32} if n > 9000 else case
+
+
+def _twice(a: int) -> int:
+    """2·a over GF(4)."""
+    return (0, 2, 3, 1)[a]
 
 
 def _long(full: bool) -> Iterator[Case]:

@@ -1,7 +1,8 @@
 """Masks of attention cases: which keys each query sees, told as a bool, an additive or a "causal" mask.
 
-A mask has the planes it needs and no more: [L, S], [B, 1, L, S], [1, Hq, L, S], [B, Hq, L, S] or [B, 1, 1, S], with
-other contents in every plane, so that one taken for another shows. An additive mask has the dtype of the queries.
+A mask has the planes it needs and no more: [L, S], [1, 1, L, S], [B, 1, L, S], [1, Hq, L, S], [B, Hq, L, S],
+[B, 1, 1, S] or [B, Hq, 1, S], with other contents in every plane, so that one taken for another shows; "same" is
+[B, Hq, L, S] with one plane's contents in all. An additive mask has the dtype of the queries.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[Any]]
 
 FORMS = ("none", "causal", "bool", "additive")
 PATTERNS = ("random", "causal", "window", "padding", "block", "all", "empty")
-PLANES = ("LS", "B1LS", "1HLS", "BHLS", "B11S")
+PLANES = ("LS", "B1LS", "1HLS", "BHLS", "B11S", "11LS", "BH1S", "same")
 # What an additive mask holds: "-inf": 0 or −inf. "bias": finite numbers alone (the pattern says nothing). "mixed": such
 # numbers, or −inf. "lowest": 0 or the least finite number. "large": 0 or −1e4, which hides by its size.
 FILLS = ("-inf", "bias", "mixed", "lowest", "large")
@@ -48,7 +49,10 @@ def lowest(dtype: np.dtype[Any]) -> float:
 
 
 def _pattern(case: Case, rng: np.random.Generator) -> Array:
-    """Which keys are seen, bool [B, Hq, L, S]; every query sees one, but for the pattern "empty"."""
+    """Which keys are seen, bool [B, Hq, L, S].
+
+    Every query sees one, but for the pattern "empty", and for queries before the first key (L > S).
+    """
     B, Hq, L, S = case["B"], case["Hkv"] * case["r"], case["L"], case["S"]
     pattern = case["pattern"]
     row, column = np.arange(L)[:, None] + (S - L), np.arange(S)
@@ -84,7 +88,13 @@ def _planes(seen: Array, plane: str) -> Array:
         return seen[:, :1].copy()
     if plane == "1HLS":
         return seen[:1].copy()
-    return seen[:, :1, -1:].copy() if plane == "B11S" else seen
+    if plane == "11LS":
+        return seen[:1, :1].copy()
+    if plane == "same":
+        return np.broadcast_to(seen[:1, :1], seen.shape).copy()
+    if plane in ("B11S", "BH1S"):
+        return seen[:, : 1 if plane == "B11S" else None, -1:].copy()
+    return seen
 
 
 def read(mask: Array | str | None, shape: tuple[int, int, int, int]) -> tuple[Array | None, Array | None]:
@@ -105,6 +115,11 @@ def visible(mask: Array | str | None, shape: tuple[int, int, int, int]) -> Array
     if bias is not None:
         return np.asarray(bias > LARGE / 2)
     return np.ones(shape, bool) if seen is None else seen
+
+
+def additive(mask: Array | str | None) -> bool:
+    """Whether a mask holds what is added to scores."""
+    return isinstance(mask, np.ndarray) and mask.dtype != np.bool_
 
 
 def blind(mask: Array | str | None, shape: tuple[int, int, int, int]) -> tuple[Array, Array]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from audits import attention_masks as masks
+from audits.candidate import CandidateError
 from audits.contract import Call, Judge, Outputs, Relation, Run
 from audits.domain import Case
 from reference.arithmetic import Arithmetic
@@ -65,9 +66,14 @@ def parts(value: Any, change: Callable[[Array], Array]) -> Any:
 def relations(op: Attention) -> Iterator[Relation]:
     """All of them, for one contract."""
     for name, applies in UNSEEN.items():
-        yield Relation(name=name, check=_bound(_unseen, op), applies=applies)
+        yield Relation(name=name, check=_bound(_unseen, op), applies=_sighted(applies))
     for name, (check, applies) in ROUTES.items():
-        yield Relation(name=name, check=_bound(check, op), applies=applies)
+        yield Relation(name=name, check=_bound(check, op), applies=_sighted(applies))
+
+
+def _sighted(applies: Callable[[Case], bool]) -> Callable[[Case], bool]:
+    """`applies`, but for cases with queries that see no key: those give what they like, if always the same."""
+    return lambda case: case["L"] <= case["S"] and case["pattern"] != "empty" and applies(case)
 
 
 def _bound(check: Callable[..., str | None], op: Attention) -> Check:
@@ -101,7 +107,7 @@ def _unseen(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) -
     hidden = ~np.take_along_axis(rows, least[..., None, None], axis=2)[:, :, 0]
     changed = {n: _replaced(call.args[n], op.other(n, call.args[n]), hidden) for n in (op.keys, op.values)}
     (moved,) = run(call.with_(**changed))
-    same = ~(seen & np.repeat(hidden, Hq // Hkv, axis=1)[:, :, None]).any(-1)
+    same = seen.any(-1) & ~(seen & np.repeat(hidden, Hq // Hkv, axis=1)[:, :, None]).any(-1)
     before, after = outputs[0].astype(np.float64), moved.astype(np.float64)
     differs = same & (before != after).any(-1)
     if not differs.any():
@@ -280,20 +286,45 @@ def _elements(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case)
 
 
 def _blind(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
-    """Queries that see no key get zeros, or the mean of all values, but the same in every shape and form of mask."""
-    kinds: dict[str, str] = {}
-    for L, S, plane in ((1, 11, "LS"), (3, 11, "BHLS"), (9, 40, "B1LS"), (34, 70, "LS"), (1, 300, "B1LS")):
-        empty = op.build({**case, "L": L, "S": S, "plane": plane, "pattern": "empty"})
-        output = run(empty)
-        found = op.judge(empty, output, run.arithmetic)
-        if found is not None:
-            return f"L={L}, S={S}, a bool mask {plane}: {found.message}"
-        hidden, _ = masks.blind(empty.args["mask"], op.shape(empty))
-        zero = bool((output[0][hidden] == 0).all())
-        kinds.setdefault("zeros" if zero else "the mean of all values", f"L={L}, S={S}, mask {plane}")
-    if len(kinds) == 1:
-        return None
-    return "queries that see no key give " + ", but ".join(f"{what} with {where}" for what, where in kinds.items())
+    """Queries that see no key get zeros, or the mean of all values, but the same in every shape, dtype and head count.
+
+    Under an additive mask of −inf what they get is a matter of its own.
+    """
+    seen: dict[bool, dict[str, str]] = {True: {}, False: {}}
+    for dtype in (case["dtype"], *(d for d in run.dtypes if d != case["dtype"])):
+        for shape in BLIND if dtype == case["dtype"] else BLIND[::3]:
+            empty = op.build({**case, **shape, "dtype": dtype})
+            where = ", ".join(f"{name}={value}" for name, value in {"dtype": dtype, **shape}.items())
+            try:
+                output = run(empty)
+            except CandidateError:
+                continue  # what may be refused is said elsewhere
+            if dtype == case["dtype"] and (found := op.judge(empty, output, run.arithmetic)):
+                return f"{where}: {found.message}"
+            rows = output[0][masks.blind(empty.args["mask"], op.shape(empty))[0]].astype(np.float64)
+            what = "zeros" if (rows == 0).all() else "NaN" if np.isnan(rows).all() else "the mean of all values"
+            seen[shape["mask"] == "additive"].setdefault(what, where)
+    for kinds in seen.values():
+        if len(kinds) > 1:
+            told = ", but ".join(f"{what} with {where}" for what, where in kinds.items())
+            return f"queries that see no key give {told}"
+    return None
+
+
+# Queries that see no key, in the forms, sizes and head counts that kernels are chosen by.
+BLIND: tuple[Case, ...] = tuple(
+    {"mask": mask, "pattern": "empty", "fill": "-inf", **shape}
+    for shape in (
+        {"L": 1, "S": 11, "plane": "LS"},
+        {"L": 2, "S": 11, "plane": "B1LS", "Hkv": 1, "r": 4},
+        {"L": 8, "S": 64, "plane": "BHLS"},
+        {"L": 9, "S": 40, "plane": "B1LS", "r": 1},
+        {"L": 34, "S": 70, "plane": "LS"},
+        {"L": 1, "S": 300, "plane": "B1LS"},
+        {"L": 1, "S": 1100, "plane": "BHLS", "B": 1},
+    )
+    for mask in ("bool", "additive")
+) + tuple({"mask": "causal", "L": L, "S": S} for L, S in ((2, 1), (8, 3), (9, 5), (34, 20), (70, 64)))
 
 
 def _form(*forms: str) -> Callable[[Case], bool]:

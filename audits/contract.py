@@ -67,6 +67,11 @@ class Run(Protocol):
         """The arithmetic that the candidate claims, for relations that hold up to rounding."""
         ...
 
+    @property
+    def dtypes(self) -> Sequence[str]:
+        """The dtypes that the candidate is tried with, for relations between them."""
+        ...
+
     def __call__(self, call: Call) -> Outputs: ...
 
 
@@ -85,6 +90,18 @@ class Relation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Extra:
+    """A part of a domain that honest code need not take: whoever raises on `case` is not asked for what it `covers`.
+
+    What it gives there, if it does, is judged like everything else.
+    """
+
+    name: str
+    case: Case
+    covers: Callable[[Case], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Contract:
     """An op's contract.
 
@@ -94,7 +111,7 @@ class Contract:
     corpus(full): the boundary cases, always run. build: a case's operands. judge: what is wrong with outputs, by
     the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype. forms: ways in which
     candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
-    used. settled: fields that the candidate itself settles, such as a decoder's vocabulary. outputs: how many arrays it
+    used. extras: parts of the domain that a candidate may refuse. settled: fields that the candidate itself settles, such as a decoder's vocabulary. outputs: how many arrays it
     returns. words: whether None or a name may stand for one. dtype_key: cases of one
     key have outputs of the same dtypes.
     """
@@ -111,6 +128,7 @@ class Contract:
     valid: Callable[[Case], bool] = lambda case: True
     claims: Callable[[str], Mapping[str, str]] = lambda dtype: default_claims(dtype)
     forms: Sequence[Case] = ({},)
+    extras: Sequence[Extra] = ()
     settled: Callable[[Candidate], Case] = lambda candidate: {}
     outputs: Sequence[int] = (1,)
     words: bool = False

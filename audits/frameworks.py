@@ -15,11 +15,14 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FRAMEWORKS = ("numpy", "mlx", "torch")
-# contiguous: as made. transposed: the last two axes swapped in memory. sliced: a window of a larger array, full of NaN
-# around it. strided: every second element of an array whose others are NaN. reversed: a negative stride on the
-# first axis (torch has none and gets `sliced`). offset: a view that starts one element late, so that nothing is
-# aligned beyond the element.
-LAYOUTS = ("contiguous", "transposed", "sliced", "strided", "reversed", "offset")
+# contiguous: as made. transposed: the last two axes swapped in memory. permuted: the two axes before the last swapped,
+# as the heads of a projection lie. sliced: a window of a larger array, full of NaN around it. strided: every second
+# element of an array whose others are NaN. reversed: a negative stride on the first axis (torch has none and gets
+# `sliced`). offset: a view that starts one element late, so that nothing is aligned beyond the element. broadcast:
+# a stride of zero along each axis that nothing changes along.
+LAYOUTS = ("contiguous", "transposed", "permuted", "sliced", "strided", "reversed", "offset", "broadcast")
+# Axes that a layout needs; with fewer it is contiguous.
+AXES = {"transposed": 2, "permuted": 3}
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
@@ -42,15 +45,33 @@ def give(value: Array, framework: str, layout: str = "contiguous", device: str |
     make = {"numpy": _numpy, "mlx": _mlx, "torch": _torch}[framework]
     if framework == "torch" and layout == "reversed":
         layout = "sliced"
-    if value.ndim == 0 or (layout == "transposed" and value.ndim < 2) or value.size == 0:
+    if not differs(value, layout):
         layout = "contiguous"
     return _laid_out(value, layout, lambda x: make(x, device))
+
+
+def differs(value: Array, layout: str) -> bool:
+    """Whether an array can lie so at all, and then lies otherwise than contiguous."""
+    if layout == "broadcast" and not any(n > 1 and same for n, same in zip(value.shape, _constant(value), strict=True)):
+        return False
+    return value.ndim >= AXES.get(layout, 1) and value.size > 0
+
+
+def _constant(value: Array) -> list[bool]:
+    """For each axis, whether nothing changes along it."""
+    return [value.size > 0 and bool((value == value.take([0], axis)).all()) for axis in range(value.ndim)]
 
 
 def _laid_out(value: Array, layout: str, make: Callable[[Array], Any]) -> Any:
     if layout == "transposed":
         made = make(np.swapaxes(value, -1, -2).copy())
         return made.swapaxes(-1, -2) if hasattr(made, "swapaxes") else made.transpose(-1, -2)
+    if layout == "permuted":
+        made = make(np.swapaxes(value, -2, -3).copy())
+        return made.swapaxes(-2, -3) if hasattr(made, "swapaxes") else made.transpose(-2, -3)
+    if layout == "broadcast":
+        single = value[tuple(slice(0, 1) if same else slice(None) for same in _constant(value))]
+        return _broadcast(make(single.copy()), value.shape)
     if layout == "sliced":
         around = np.full([n + 2 for n in value.shape], poison(value.dtype), value.dtype)
         inside = tuple(slice(1, n + 1) for n in value.shape)
@@ -66,6 +87,16 @@ def _laid_out(value: Array, layout: str, make: Callable[[Array], Any]) -> Any:
         flat = np.concatenate([np.full(1, poison(value.dtype), value.dtype), value.reshape(-1)])
         return make(flat)[1:].reshape(value.shape)
     return make(value.copy())
+
+
+def _broadcast(made: Any, shape: tuple[int, ...]) -> Any:
+    if isinstance(made, np.ndarray):
+        return np.broadcast_to(made, shape)
+    if hasattr(made, "expand"):
+        return made.expand(shape)
+    import mlx.core as mx
+
+    return mx.broadcast_to(made, shape)
 
 
 def _numpy(value: Array, device: str | None) -> Array:

@@ -12,14 +12,16 @@ from audits import attention_cases as cases
 from audits import attention_corpus as shared
 from audits.attention_masks import mask_of
 from audits.attention_relations import Attention, relations
-from audits.contract import Call, Contract, Finding, Outputs
+from audits.contract import Call, Contract, Extra, Finding, Outputs
 from audits.domain import Case, Choice
 from audits.frameworks import DTYPES
 from reference.arithmetic import Arithmetic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-BITS = (8, 4, 2)
+BITS = (8, 4, 2, 6, 3)
+# Codes of these lie across words; engines with KV caches of 2, 4 and 8 bits alone refuse them.
+ACROSS = (6, 3)
 GROUPS = (64, 32, 128)
 SIZES = (64, 128, 256)
 QUIET = {"float32": 1.0, "float16": 0.5, "bfloat16": 0.125}
@@ -29,10 +31,13 @@ def build(case: Case) -> Call:
     rng, dtype = cases.random(case), DTYPES[case["dtype"]]
     mask = mask_of(case, rng)
     q, k, v = cases.operands(case, rng, mask)
-    if case["values"] not in ("constant", "far", "positive", "needle"):
-        # What codes stand for is a difference of larger numbers. In low precision its bound says something only where
-        # scores are small and the values' mean is not.
-        q, v = q * QUIET[case["dtype"]], v + rng.standard_normal((*v.shape[:2], 1, v.shape[3]))
+    low = case["dtype"] == "bfloat16"
+    # What codes stand for is a difference of larger numbers. In low precision its bound says something only where scores
+    # are small, for which the scale is no reason not to be, and the values' mean is not.
+    if case["values"] not in ("far", "positive", "needle"):
+        q = q * QUIET[case["dtype"]] * (min(1.0, case["D"] ** -0.5 / cases.scale_of(case)) if low else 1.0)
+    if case["values"] not in ("far", "positive", "constant") and (case["values"] != "needle" or low):
+        v = v + rng.standard_normal((*v.shape[:2], 1, v.shape[3]))
     keys, values = (quantised(x, case["group_size"], case["bits"], rng, dtype) for x in (k, v))
     optional = {"mask": mask, "sinks": cases.sinks_of(case, rng)}
     given = {name: value for name, value in optional.items() if value is not None}
@@ -106,7 +111,7 @@ def valid(case: Case) -> bool:
     """Whether groups fill both head sizes, and the rest goes together."""
     whole = case["D"] % case["group_size"] == 0 and cases.value_size(case) % case["group_size"] == 0
     loud = case["dtype"] == "bfloat16" and (
-        case["values"] in ("peaked", "x30") or (case["values"], case["bits"]) == ("far", 2)
+        case["values"] in ("peaked", "x30") or (case["values"] == "far" and case["bits"] < 8)
     )
     return cases.valid(case) and whole and (case["scale"] != 1.0 or case["values"] == "far") and not loud
 
@@ -120,9 +125,10 @@ def corpus(full: bool) -> Iterator[Case]:
         if full or (i % 2 == 0 and not long):
             yield {
                 **case,
+                "operand": {"k": "keys", "v": "values"}.get(case.get("operand", ""), case.get("operand", "")),
                 "D": D,
-                "Dv": Dv if Dv == "D" else max(64, Dv),
-                "bits": BITS[i // 2 % 3],
+                "Dv": Dv if Dv == "D" else max(64, Dv // 64 * 64),
+                "bits": BITS[i // 2 % 5],
                 "group_size": group,
             }
     for i, S in enumerate((1100, 8192, 8195)):  # caches take other routes when they are long
@@ -131,6 +137,10 @@ def corpus(full: bool) -> Iterator[Case]:
         for bits in BITS:
             for L in (1, 4):
                 yield {"D": D, "L": L, "S": 9, "bits": bits, "group_size": group, "r": 1 + i % 2, "Hkv": 2, "B": 2}
+
+
+def _across(bits: int) -> Extra:
+    return Extra(name=f"{bits} bits", case={"bits": bits}, covers=lambda case: case["bits"] == bits)
 
 
 def _bases() -> Iterator[Case]:
@@ -144,8 +154,9 @@ CONTRACT = Contract(
     signature="quantized_sdpa(q, keys, values, *, scale, mask=None, sinks=None, group_size, bits)",
     doc=(
         "q [B, Hq, L, D], keys and values (codes uint32 [B, Hkv, S, D·bits/32], scales and biases [B, Hkv, S,"
-        " D/group_size] in q's dtype), a number being code·scale + bias -> [B, Hq, L, Dv]. Masks, sinks and queries"
-        " that see no key are as in sdpa. Judged against the very numbers that the codes stand for."
+        " D/group_size] in q's dtype), a number being code·scale + bias -> [B, Hq, L, Dv]. bits: 2, 3, 4, 6 or 8; codes"
+        " lie back to back in a row's words, low bits first. Masks, sinks and queries that see no key are as in sdpa."
+        " Judged against the very numbers that the codes stand for."
     ),
     fields={
         **cases.FIELDS,
@@ -159,6 +170,15 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     valid=valid,
+    extras=(
+        cases.EXTRAS[0],
+        Extra(
+            name="head sizes but 64, 128 and 256",
+            case={"D": 192, "Dv": "D"},
+            covers=lambda case: not {case["D"], cases.value_size(case)} <= set(SIZES),
+        ),
+        *(_across(bits) for bits in ACROSS),
+    ),
     relations=list(
         relations(
             Attention(

@@ -61,10 +61,11 @@ CONTRACT = Contract(
     signature="sdpa(q, k, v, *, scale, mask=None, sinks=None)",
     doc=(
         "q [B, Hq, L, D], k [B, Hkv, S, D], v [B, Hkv, S, Dv] -> softmax(scale·q·kᵀ)·v [B, Hq, L, Dv]; query head h"
-        ' reads key head h // (Hq / Hkv). mask: None, "causal" (bottom right, L <= S), bool (True = visible) or'
+        ' reads key head h // (Hq / Hkv). mask: None, "causal" (bottom right), bool (True = visible) or'
         " additive in q's dtype, broadcastable to [B, Hq, L, S]. sinks [Hq] in q's dtype: one more logit without a"
-        " value. A query that sees no key gives zeros or the mean of all values, never NaN, and the same throughout"
-        " bool masks; with sinks, zeros."
+        ' value. A query that sees no key (with "causal" and L > S the first L − S) gives zeros or the mean of all'
+        " values, never NaN, and the same throughout; where an additive mask of −inf hides all keys, zeros, that mean"
+        " or NaN, and the same throughout; with sinks, zeros."
     ),
     fields=cases.FIELDS,
     bases=BASES,
@@ -72,6 +73,7 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     valid=cases.valid,
+    extras=cases.EXTRAS,
     relations=list(
         relations(
             Attention(keys="k", values="v", build=build, judge=judge, allowed=_allowed, other=_other, nudged=_nudged)
