@@ -63,7 +63,19 @@ def corpus(full: bool) -> Iterator[Case]:
 
 def _pick(i: int) -> Case:
     """Another mask, sinks and values for each i, in all pairings over a period of 9·4·11."""
-    kinds = ("normal", "needle", "decoy", "positive", "peaked", "constant", "needle", "poisoned", "sparse", "decoy", "rising")
+    kinds = (
+        "normal",
+        "needle",
+        "decoy",
+        "positive",
+        "peaked",
+        "constant",
+        "needle",
+        "poisoned",
+        "sparse",
+        "decoy",
+        "rising",
+    )
     return {**MASKS[i % len(MASKS)], "sinks": SINKS[i % len(SINKS)], "values": kinds[i % len(kinds)]}
 
 
@@ -138,10 +150,10 @@ def _sizes(full: bool) -> Iterator[Case]:
     """Every head size with every value size, for one query and for some."""
     for i, (D, Dv) in enumerate(product((32, 64, 80, 96, 128, 256), ("D", 32, 64, 128))):
         for L in (1, 4) if full else ((1, 4)[i % 2],):
-            yield {**_pick(i), "D": D, "Dv": Dv, "L": L, "S": 21, "r": 2, "B": 2}
+            yield {**_pick(i), "D": D, "Dv": Dv, "L": L, "S": (21, 150)[i // 2 % 2], "r": 2, "B": 2}
     for i, (D, Dv) in enumerate(RARE):
         for L in (1, 4, 33):
-            yield {**_pick(3 * i + L), "D": D, "Dv": Dv, "L": L, "S": 37, "r": 2, "scale": "rsqrt"}
+            yield {**_pick(3 * i + L), "D": D, "Dv": Dv, "L": L, "S": (37, 150)[L % 2], "r": 2, "scale": "rsqrt"}
 
 
 def _shared() -> Iterator[Case]:
@@ -157,7 +169,7 @@ def _shared() -> Iterator[Case]:
 
 
 def _thresholds() -> Iterator[Case]:
-    """Keys beyond where engines change kernels, each pair of settings that such a choice may look at met by each length.
+    """Keys beyond where engines change kernels: each such length meets each pair of settings that a choice may look at.
 
     An orthogonal array: with a, b in 0 … 3, the columns a, b, a ⊕ b and two more products over GF(4) meet pairwise.
     """
@@ -190,7 +202,11 @@ def _long(full: bool) -> Iterator[Case]:
             yield {"L": 1, "S": S, "values": "needle", "r": 2 if n + 1 == S else 1}
         yield {"L": 2, "S": n + 3, "mask": "causal", "values": "needle"}
         yield {"L": 2, "S": n + 70, "mask": "bool", "pattern": "window", "W": 17, "values": "needle", "sinks": "normal"}
-    yield {"L": 2, "S": 1000, "mask": "bool", "pattern": "block", "sinks": "normal", "values": "constant"}
+    for pattern, sinks in product(("block", "front", "edges"), ("normal", "large")):  # blocks or splits without a key
+        for S in (300, 1000, 2500):
+            hole: Case = {"L": 2, "S": S, "mask": "bool", "pattern": pattern, "sinks": sinks}
+            yield {**hole, "values": "constant"}
+            yield {**hole, "mask": "additive", "values": "decoy", "r": 2}
     yield {"L": 1, "S": 700, "values": "positive", "B": 2, "Hkv": 2, "r": 2}
     yield {"L": 4, "S": 520, "values": "positive", "mask": "causal"}
     two = {"B": 2, "Hkv": 2, "r": 2, "values": "needle"}  # decode over many keys has kernels of its own, in two passes

@@ -18,7 +18,8 @@ from audits.frameworks import DTYPES
 Array = np.ndarray[Any, np.dtype[Any]]
 
 FORMS = ("none", "causal", "bool", "additive")
-PATTERNS = ("random", "causal", "window", "padding", "block", "all", "empty")
+# Of what they show: block: the last half. front: the first third. edges: both ends, but for a hole of three quarters.
+PATTERNS = ("random", "causal", "window", "padding", "block", "all", "empty", "front", "edges")
 PLANES = ("LS", "B1LS", "1HLS", "BHLS", "B11S", "11LS", "BH1S", "same")
 # What an additive mask holds: "-inf": 0 or −inf. "bias": finite numbers alone (the pattern says nothing). "mixed": such
 # numbers, or −inf. "lowest": 0 or the least finite number. "large": 0 or −1e4, which hides by its size.
@@ -71,6 +72,10 @@ def _pattern(case: Case, rng: np.random.Generator) -> Array:
         return np.asarray(everything & (column >= first) & (column <= np.maximum(row, first)))
     if pattern == "block":
         return np.asarray(everything & (column >= np.minimum((S + b + h) // 2, S - 1)))
+    if pattern == "front":
+        return np.asarray(everything & (column <= np.minimum((S + b + h) // 3, S - 1)))
+    if pattern == "edges":
+        return np.asarray(everything & ((column <= (S + b + h) // 8) | (column >= S - 1 - S // 8)))
     seen = rng.random((B, Hq, L, S)) < 0.6
     # Some query of the first plane, which is the only one of a mask without batch and heads, sees one key alone.
     seen[..., rng.integers(0, L), :] = False

@@ -111,9 +111,9 @@ class Contract:
     corpus(full): the boundary cases, always run. build: a case's operands. judge: what is wrong with outputs, by
     the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype. forms: ways in which
     candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
-    used. extras: parts of the domain that a candidate may refuse. settled: fields that the candidate itself settles, such as a decoder's vocabulary. outputs: how many arrays it
-    returns. words: whether None or a name may stand for one. dtype_key: cases of one
-    key have outputs of the same dtypes.
+    used. extras: parts of the domain that a candidate may refuse. settled: fields that the candidate itself settles,
+    such as a decoder's vocabulary. outputs: how many arrays it returns. words: whether None or a name may stand for
+    one. dtype_key: cases of one key have outputs of the same dtypes.
     """
 
     name: str

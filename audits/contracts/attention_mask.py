@@ -116,6 +116,13 @@ def corpus(full: bool) -> Iterator[Case]:
     for S in range(1, 131 if full else 67):  # every length, and every residue of it
         n = 1 + S * 7 % min(S, 9)
         yield {"n": n, "offset": S - n, "window": WINDOWS[S % len(WINDOWS)], "padding": PADDINGS[S % 5], "B": 2}
+    for i, (n, offset) in enumerate(product((33, 64, 65, 130, 300), (0, 7, 128, 200))):  # chunks beyond any tile
+        for j, window in enumerate((0, 5, 64, 127, 128, 129)):
+            padding = PADDINGS[(i + j) % 5]
+            yield {"n": n, "offset": offset, "window": window, "padding": padding, "B": 1 + (i + j) % 2}
+    for i, B in enumerate((4, 5, 8, 17)):  # more rows than a vector holds
+        for n, offset in ((1, 9), (6, 0), (B, 20)):
+            yield {"n": n, "offset": offset, "window": (0, 3)[i % 2], "padding": ("mixed", "long")[n % 2], "B": B}
     for edge in (255, 256, 32767, 32768, 65536):  # positions beyond a byte, a short
         for n in (1, 2):
             yield {"n": n, "offset": edge, "window": 3}

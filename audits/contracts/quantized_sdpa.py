@@ -32,8 +32,8 @@ def build(case: Case) -> Call:
     mask = mask_of(case, rng)
     q, k, v = cases.operands(case, rng, mask)
     low = case["dtype"] == "bfloat16"
-    # What codes stand for is a difference of larger numbers. In low precision its bound says something only where scores
-    # are small, for which the scale is no reason not to be, and the values' mean is not.
+    # What codes stand for is a difference of larger numbers. In low precision its bound says something only where
+    # scores are small, whatever the scale, and the values' mean is not.
     if case["values"] not in ("far", "positive", "needle"):
         q = q * QUIET[case["dtype"]] * (min(1.0, case["D"] ** -0.5 / cases.scale_of(case)) if low else 1.0)
     if case["values"] not in ("far", "positive", "constant") and (case["values"] != "needle" or low):

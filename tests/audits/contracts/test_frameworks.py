@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from audits.frameworks import DTYPES, FRAMEWORKS, LAYOUTS, give, poison, take
+from audits.frameworks import DTYPES, FRAMEWORKS, LAYOUTS, differs, give, poison, take
 
 NAMES = (*DTYPES, "int32", "uint32", "bool")
 
@@ -42,6 +42,7 @@ def test_numpy_layouts_lie_in_memory_as_they_say() -> None:
     whole = (80, 20, 4)  # bytes from one element to the next, along each axis
     assert laid["contiguous"].strides == whole
     assert laid["transposed"].strides == (80, 4, 16)
+    assert laid["permuted"].strides == (20, 60, 4)
     assert laid["sliced"].strides == (6 * 7 * 4, 7 * 4, 4)
     assert laid["strided"].strides == (160, 40, 8)
     assert laid["reversed"].strides == (-80, 20, 4)
@@ -59,7 +60,23 @@ def test_torch_layouts_lie_in_memory_as_they_say() -> None:
     assert laid["strided"].stride() == (40, 10, 2)
     assert laid["sliced"].stride() == laid["reversed"].stride() == (42, 7, 1)
     assert laid["offset"].storage_offset() == 1
-    assert [layout for layout in LAYOUTS if laid[layout].is_contiguous()] == ["contiguous", "offset"]
+    assert laid["permuted"].stride() == (5, 15, 1)
+    # Nothing repeats in these values: there is no axis to broadcast along.
+    assert [layout for layout in LAYOUTS if laid[layout].is_contiguous()] == ["contiguous", "offset", "broadcast"]
+
+
+@pytest.mark.parametrize("framework", FRAMEWORKS)
+def test_what_repeats_is_broadcast_and_only_that(framework: str) -> None:
+    x = np.broadcast_to(values((3, 1, 5), "float32"), (3, 4, 5))
+    given = give(x, framework, "broadcast")
+    assert same(take(given), x)
+    if framework != "mlx":  # whose arrays don't tell their strides
+        strides = given.strides if framework == "numpy" else given.stride()
+        assert strides[1] == 0
+        assert 0 not in (strides[0], strides[2])
+    assert differs(x, "broadcast")
+    assert not differs(values((3, 4), "float32"), "broadcast")
+    assert not differs(values((3, 4), "float32"), "permuted")
 
 
 @pytest.mark.parametrize("dtype", NAMES)

@@ -44,7 +44,7 @@ def test_codes_stand_for_the_numbers_within_half_a_step(bits: int, group: int) -
 def test_mlx_reads_the_same_numbers_from_the_same_words() -> None:
     mx = pytest.importorskip("mlx.core")
     rng = np.random.default_rng(3)
-    for bits, group in ((8, 64), (4, 32), (2, 128)):
+    for bits, group in ((8, 64), (4, 32), (2, 128), (6, 64), (3, 32)):
         packed = quantised(rng.standard_normal((1, 2, 3, 128)), group, bits, rng, np.float32)
         theirs = mx.dequantize(*(mx.array(part) for part in packed), group_size=group, bits=bits)
         ours, _ = affine.decode(*packed, bits)

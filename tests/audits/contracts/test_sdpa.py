@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from audits.attention_corpus import BASES, THRESHOLDS
 from audits.candidate import Candidate, load
 from audits.contracts.sdpa import CONTRACT
 from audits.domain import filled
@@ -128,6 +131,42 @@ def test_blind_queries_give_zeros_or_the_mean_and_with_sinks_zeros(fill: Any, si
     assert verdict.outcome == outcome
 
 
+@pytest.mark.parametrize("fill", [0.0, np.nan, "mean", 1.0, np.inf])
+def test_rows_hidden_by_minus_infinity_may_be_zeros_nan_or_the_mean(fill: Any) -> None:
+    def change(output: Array, args: dict[str, Any]) -> Array:
+        hidden = np.broadcast_to(np.isneginf(args["mask"]), (*output.shape[:3], 11)).all(-1, keepdims=True)
+        mean = np.repeat(args["v"].mean(2, keepdims=True), 2, axis=1)
+        assert hidden.any()
+        return np.where(hidden, mean if fill == "mean" else fill, output)
+
+    def half(output: Array, args: dict[str, Any]) -> Array:
+        changed = change(output, args)
+        return np.where(np.arange(len(output))[:, None, None, None] == 0, changed, output)
+
+    blind = case(ADDITIVE, fill="-inf", pattern="empty")
+    accepted = fill in (0.0, "mean") or np.isnan(fill)
+    assert sweep(altered(change)).verdict(blind).outcome == ("pass" if accepted else "fail")
+    if fill != 0.0:  # the other half has zeros
+        assert sweep(altered(half)).verdict(blind).evidence["check"] == "fully masked rows"
+
+
+def test_queries_before_the_first_key_see_none_and_a_candidate_may_refuse_them() -> None:
+    def refusing(q: Array, k: Array, v: Array, *, scale: float, mask: Array = None, sinks: Array = None) -> Array:
+        if isinstance(mask, str) and q.shape[2] > k.shape[2]:
+            raise ValueError("more queries than keys")
+        return HONEST(q, k, v, scale=scale, mask=mask, sinks=sinks)
+
+    before = case(CAUSAL, L=9, S=4, sinks="none")
+    assert sweep(HONEST).verdict(before).outcome == "pass"
+    top_left = altered(lambda out, a: HONEST(**{**a, "mask": np.tri(9, 4, dtype=bool)}))
+    assert sweep(top_left).verdict(before).outcome == "fail"
+    few = replace(CONTRACT, corpus=lambda full: iter([{"L": 9, "S": 4, "mask": "causal"}]), bases=BASES[:1], examples=0)
+    verdicts = list(few.audit(Candidate(function=refusing, framework="numpy", name="test", dtypes=("float32",))))
+    assert not [v for v in verdicts if v.outcome in ("fail", "could-not-judge")]
+    assert [v.message for v in verdicts if "more queries than keys" in v.message]
+    assert not [v for v in verdicts if v.case.get("L") == 9]
+
+
 @pytest.mark.parametrize("fill", ["zeros", "mean", "first", "outside"])
 def test_rows_hidden_by_the_least_number_may_be_zeros_or_any_mean(fill: str) -> None:
     def change(output: Array, args: dict[str, Any]) -> Array:
@@ -194,7 +233,26 @@ def test_the_corpus_covers_all_residues_and_is_valid() -> None:
     assert len(lengths) > 0.95 * len(full)
     assert {c["L"] % 128 for c in lengths} == {(c["S"] - c["L"]) % 128 for c in lengths} == set(range(128))
     quick = [filled(CONTRACT.domain, part) for part in CONTRACT.corpus(False)]
-    assert {c["L"] % 32 for c in quick} == {(c["S"] - c["L"]) % 32 for c in quick} == set(range(32))
+    assert {c["L"] % 128 for c in quick} == {(c["S"] - c["L"]) % 128 for c in quick} == set(range(128))
+    assert {(c["L"] % 8, c["S"] % 16) for c in quick} == set(product(range(8), range(16)))
+
+
+def test_each_pair_of_settings_meets_beyond_every_threshold() -> None:
+    found = [c for c in CONTRACT.corpus(False) if "dtype" in c]
+    settings = ("mask", "B", "Hkv", "L", "sinks", "dtype")
+    for n in THRESHOLDS:
+        here = [filled(CONTRACT.domain, c) for c in found if n < c["S"] < n + 50]
+        assert all(CONTRACT.valid(c) for c in here)
+        for one, other in combinations(settings, 2):
+            pairs = {(c[one], c[other]) for c in here}
+            assert pairs == set(product({c[one] for c in here}, {c[other] for c in here})), (n, one, other)
+
+
+def test_a_decoy_outweighs_all_that_its_query_sees() -> None:
+    args = CONTRACT.build(case(BOOL, values="decoy", S=60)).args
+    scores = args["q"] @ np.repeat(args["k"], 2, axis=1).swapaxes(-1, -2) * args["scale"]
+    hidden = ~np.broadcast_to(args["mask"], scores.shape)
+    assert (np.where(hidden, scores, -np.inf).max(-1) > np.where(hidden, -np.inf, scores).max(-1)).mean() > 0.9
 
 
 def test_planes_of_a_mask_differ() -> None:

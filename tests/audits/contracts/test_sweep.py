@@ -18,7 +18,7 @@ from audits.contracts.matmul import CONTRACT as MATMUL
 from audits.contracts.penalties import CONTRACT as PENALTIES
 from audits.contracts.swiglu import CONTRACT as SWIGLU
 from audits.domain import Case, Range
-from audits.sweep import replay
+from audits.sweep import _in_turn, replay
 from audits.verdict import Verdict
 
 Array = Any
@@ -69,6 +69,20 @@ def test_the_same_seed_gives_the_same_verdicts_and_another_draws_other_cases() -
     sizes = [{(v.case["F"], v.case["rows"]) for v in verdicts} for verdicts in (first, other)]
     assert sizes[0] != sizes[1]
     assert {v.case["seed"] for v in first} != {v.case["seed"] for v in other}
+
+
+def test_what_a_corpus_takes_in_turn_meets_every_dtype() -> None:
+    dtypes = ("float32", "float16", "bfloat16")
+    for period in (2, 3, 6, 9, 27):
+        met = {(i % period, _in_turn(dtypes, i)) for i in range(4 * period)}
+        assert len(met) == 3 * period, period
+    assert {_in_turn(dtypes[:1], i) for i in range(9)} == {"float32"}
+
+
+def test_a_part_of_a_corpus_with_a_dtype_of_its_own_runs_in_that_alone_or_not_at_all() -> None:
+    contract = few(SWIGLU, {"rows": 2, "F": 77, "dtype": "bfloat16"})
+    assert [v.case["dtype"] for v in judged(swiglu, contract) if v.case.get("F") == 77] == ["bfloat16"]
+    assert not [v for v in judged(swiglu, contract, dtypes=("float32",)) if v.case.get("F") == 77]
 
 
 def test_each_case_is_judged_once_and_bases_in_every_way() -> None:
