@@ -39,8 +39,12 @@ def test_two_conventions_in_one_output_or_over_lengths_or_dtypes_are_a_finding()
     def mixed(x: Array) -> Array:
         return np.where(np.arange(len(x))[:, None] > 1, honest(x, 0.0), honest(x))
 
-    lengths: Callable[[Array], Array] = lambda x: honest(x, 0.0 if x.shape[-1] < 128 else np.nan)
-    dtypes: Callable[[Array], Array] = lambda x: honest(x, 0.0 if x.dtype == np.float16 else np.nan)
+    def lengths(x: Array) -> Array:
+        return honest(x, 0.0 if x.shape[-1] < 128 else np.nan)
+
+    def dtypes(x: Array) -> Array:
+        return honest(x, 0.0 if x.dtype == np.float16 else np.nan)
+
     found = ("fail", "fully masked rows")
     with np.errstate(invalid="ignore"):
         assert outcome(mixed, rows=5, S=40, values="blind") == found

@@ -74,7 +74,7 @@ def test_the_same_seed_gives_the_same_verdicts_and_another_draws_other_cases() -
 def test_what_a_corpus_takes_in_turn_meets_every_dtype() -> None:
     dtypes = ("float32", "float16", "bfloat16")
     for period in (2, 3, 6, 9, 27):
-        met = {(i % period, _in_turn(dtypes, i)) for i in range(4 * period)}
+        met = {(i % period, _in_turn(dtypes, i)) for i in range(9 * period)}
         assert len(met) == 3 * period, period
     assert {_in_turn(dtypes[:1], i) for i in range(9)} == {"float32"}
 
