@@ -54,7 +54,7 @@ def build(case: Case) -> Call:
 
 def valid(case: Case) -> bool:
     """Whether the fields go together: a single row has no other beside it that is not blind."""
-    return (case["axes"] != 1 or case["rows"] == 1) and (case["values"] != "blind" or case["rows"] > 1)
+    return bool((case["axes"] != 1 or case["rows"] == 1) and (case["values"] != "blind" or case["rows"] > 1))
 
 
 def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | None:
