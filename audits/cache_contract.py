@@ -1,8 +1,7 @@
 """The contract of a cache: what its factory is called with, and the programs that its objects must run like a list.
 
-audits/cache_machine.py runs one program; here a candidate is taken through all of them: a fixed corpus, what Hypothesis
-draws, and growth over a few hundred decode steps. Each gives one verdict, whose case is all that is needed to run it
-again without Hypothesis.
+audits/cache_machine.py runs one program; here a candidate is taken through all of them: a fixed corpus, drawn ones, and
+growth over a few hundred decode steps. Each gives one verdict, whose case is all that is needed to run it again.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 from audits import growth
 from audits.cache_contents import Found
 from audits.cache_machine import Invalid, Machine, Op
-from audits.cache_object import Lacks, has, make, parameters, takes_window
+from audits.cache_object import Lacks, copies, has, make, parameters, takes_window
 from audits.cache_shrink import shrink
 from audits.candidate import Candidate, CandidateError
 from audits.contract import Argument, Finding, arguments_of
@@ -29,6 +28,7 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "trim": ("trim",),
     "trim_front": ("maybe_trim_front",),
     "restore": ("state",),
+    "copy": ("copy",),
     "left_pad": ("prepare",),
     "right_pad": ("prepare", "finalize"),
     "filter": ("filter",),
@@ -36,18 +36,19 @@ NEEDS: Mapping[str, tuple[str, ...]] = {
     "extract": ("extract",),
     "merge": ("merge",),
 }
-CHECKS = ("visible tokens", "values", "dtype", "offset", "state", "independence", *growth.CHECKS)
+CHECKS = ("visible tokens", "values", "dtype", "finite", "offset", "state", "independence", *growth.CHECKS)
 FULL_EXAMPLES = 50  # times as many drawn programs as in a quick audit
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A program and what it runs on: the factory's options, rows of an unbatched cache, heads."""
+    """A program and what it runs on: the factory's options, rows of an unbatched cache, heads, dims (or the usual)."""
 
     program: Sequence[Op]
     options: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 1
     heads: int = 1
+    dims: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +56,9 @@ class CacheContract:
     """A cache's contract.
 
     signature: as its factory is called. operations: what programs may do with the object, besides "feed". settings:
-    the factory's options, the plainest first, of which Hypothesis takes one. corpus: the programs that are always run.
-    dims: D and Dv. examples: programs that Hypothesis draws in a quick audit.
+    the factory's options, the plainest first, of which a drawn program takes one. refusable: values of an option that a
+    factory needn't take; they are left out if it raises. corpus: the programs that are always run. dims: D and Dv.
+    examples: programs that are drawn in a quick audit.
     """
 
     name: str
@@ -65,6 +67,7 @@ class CacheContract:
     operations: Sequence[str]
     settings: Sequence[Mapping[str, Any]]
     corpus: Callable[[bool], Iterable[Plan]]
+    refusable: Mapping[str, Sequence[Any]] = field(default_factory=dict)
     dims: tuple[int, int] = (64, 32)
     examples: int = 40
 
@@ -110,6 +113,7 @@ class CacheContract:
     def case(self, plan: Plan, dtype: str, seed: int) -> dict[str, Any]:
         """The case of a plan."""
         base = {**self._blank(), "dtype": dtype, "seed": seed, "batch": plan.batch, "heads": plan.heads}
+        base["dims"] = list(plan.dims or self.dims)
         return {**base, **plan.options, "program": [dict(op) for op in plan.program]}
 
     def _blank(self) -> dict[str, Any]:
@@ -128,6 +132,7 @@ class CacheSweep:
         self.contract, self.candidate, self.shrinking = contract, candidate, shrinking
         self.shrunk: set[str] = set()
         self.untaken = _untaken(contract, candidate)
+        self.refused: dict[str, set[Any]] = {}
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts."""
@@ -147,6 +152,7 @@ class CacheSweep:
             return
         lacking, told = self._lacking()
         yield from told
+        yield from self._refusals(taken[0], seed)
         allowed = [op for op in ("feed", *self.contract.operations) if not lacking & set(NEEDS.get(op, ()))]
         plans = [plan for plan in self.contract.corpus(full) if self._possible(plan, lacking)]
         cases = [self.contract.case(p, d, seed) for p, d in _with_dtypes(plans, taken, full, seed)]
@@ -155,7 +161,7 @@ class CacheSweep:
             yield self.verdict(case)
         advance(f"{self.contract.name} drawn")
         count = self.contract.examples * (FULL_EXAMPLES if full else 1)
-        settings = [s for s in self.contract.settings if not self.untaken & set(s) or s is self.contract.settings[0]]
+        settings = [s for s in self.contract.settings if self._takes(s)]
         for case, finding, digest in drawn(self.contract, self, settings, allowed, taken, count, seed):
             yield self._judged(case, finding, digest)
         for name in growth.CASES if not lacking & {"update_and_fetch"} else ():
@@ -225,7 +231,7 @@ class CacheSweep:
     def _lacking(self) -> tuple[set[str], list[Verdict]]:
         """Attributes that the object hasn't, and a skipped verdict for each thing that is left out."""
         cache = make(self.candidate, self.contract.options(self.contract._blank(), self.untaken))
-        wanted = dict.fromkeys(name for op in self.contract.operations for name in NEEDS.get(op, ()))
+        wanted = dict.fromkeys(name for op in self.contract.operations for name in NEEDS.get(op, ()) if op != "copy")
         lacking = {name for name in wanted if not has(cache, name)}
         said = [f"no {name}: what needs it is left out" for name in wanted if name in lacking]
         said += [f"no {name}: it isn't checked" for name in ("offset", "is_trimmable") if not has(cache, name)]
@@ -235,13 +241,37 @@ class CacheSweep:
             said.append("a make_mask without window_size: windows are left out")
         if not has(cache, "meta_state") and "state" not in lacking:
             said.append("no meta_state: its state is taken to hold everything")
+        if not copies(cache):
+            lacking.add("copy")  # nothing is missing: Python's own way of copying is right by itself
         if self.untaken:
             said.append(f"a factory without {', '.join(sorted(self.untaken))}: other values of it are left out")
         return lacking, [self._verdict("skipped", {}, f"the cache has {text}") for text in said]
 
-    def _possible(self, plan: Plan, lacking: set[str]) -> bool:
+    def _refusals(self, dtype: str, seed: int) -> Iterator[Verdict]:
+        """A skipped verdict for each value of an option that the factory needn't take, and raises on."""
+        for name, value in [(n, v) for n, values in self.contract.refusable.items() for v in values]:
+            plan = Plan(program=[{"op": "feed", "on": 0, "n": 2}], options={name: value})
+            if self._takes(plan.options) and (raised := self._raises(self.contract.case(plan, dtype, seed))):
+                self.refused.setdefault(name, set()).add(value)
+                yield self._verdict("skipped", {name: value}, f"{name} {value} is left out: {raised}")
+
+    def _raises(self, case: Mapping[str, Any]) -> str:
+        """What the candidate raises in one case, or ""."""
+        try:
+            finding, _ = self.check(case)
+        except (Invalid, Lacks, CannotJudge):
+            return ""
+        return finding.message if finding is not None and finding.check == "raises" else ""
+
+    def _takes(self, options: Mapping[str, Any]) -> bool:
+        """Whether the factory takes these options, as far as is known."""
         blank = self.contract.settings[0]
-        if any(plan.options.get(name, blank.get(name)) != blank.get(name) for name in self.untaken):
+        if any(options.get(name, blank.get(name)) != blank.get(name) for name in self.untaken):
+            return False
+        return not any(options.get(name) in values for name, values in self.refused.items())
+
+    def _possible(self, plan: Plan, lacking: set[str]) -> bool:
+        if not self._takes(plan.options):
             return False
         return not any(lacking & set(NEEDS.get(op["op"], ())) for op in plan.program)
 

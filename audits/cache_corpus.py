@@ -5,7 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from audits.domain import residues
+
 Program = list[dict[str, Any]]
+# Every residue modulo 16, and both sides of the steps in which buffers grow.
+LENGTHS = (*range(3, 20), *range(31, 35), *range(47, 50), *range(63, 66), *range(127, 130))
+WINDOWS = (None, 5, None, 40)  # narrower and wider than a chunk, and none
 
 
 def feed(*sizes: int, on: int = 0, window: int | None = None, array: bool = False) -> Program:
@@ -34,6 +39,26 @@ def chunkings() -> Iterator[Program]:
     yield feed(511, 1, 1)
 
 
+def steps(count: int, **options: Any) -> Program:
+    """Token by token: every length up to `count` is looked at once."""
+    return feed(*[1] * count, **options)
+
+
+def pairs(
+    modulus: int = 128, between: Program | None = None, windows: Sequence[int | None] = WINDOWS
+) -> Iterator[Program]:
+    """A chunk of every length up to `modulus`, after every number of tokens up to it, neither following the other."""
+    for i, (before, n) in enumerate(zip(*residues(modulus, 2, seed=0), strict=True)):
+        window, array = windows[i % len(windows)], i % 2 == 0
+        yield [*feed(before, window=window, array=array), *(between or []), *feed(n, window=window, array=array)]
+
+
+def walks(longest: int = 67) -> Iterator[Program]:
+    """Trimming to every length and from it, and saving at each."""
+    yield [step for _ in range(longest) for step in (*feed(4), *op("trim", n=3))]
+    yield [step for length in range(1, longest) for step in (*feed(1), *op("restore", into=length))]
+
+
 def masks(total: int, windows: Iterable[int | None] = (None, 1, 3, 6, 1000)) -> Iterator[Program]:
     """A mask asked for in each way, before chunks and single tokens, with windows narrower and wider than what there
     is."""
@@ -50,6 +75,7 @@ def trims(sizes: Sequence[int] = (10, 256, 258)) -> Iterator[Program]:
             yield [*feed(size), *op("trim", n=n), *feed(1, 4)]
         yield [*feed(size), *op("trim", n=size), *feed(3, 1)]
         yield [*feed(size, 1, 1), *op("trim", n=2), *op("trim", n=2), *feed(1, 1, 3, 1)]
+        yield [*feed(size), *op("trim", n=0), *feed(1, 4)]  # every drafted token was accepted
     yield [*feed(4), *op("trim", n=9), *feed(2)]
 
 
@@ -60,6 +86,43 @@ def restores(sizes: Sequence[int] = (5, 255, 256, 257)) -> Iterator[Program]:
         yield [*feed(size, 1), *op("restore", into=1), *feed(4, 1, on=1)]
     yield [*feed(8), *op("trim", n=3), *op("restore", into=1), *feed(1, 3, on=1), *feed(1)]
     yield [*feed(8), *op("restore", into=1), *op("trim", on=1, n=3), *feed(2, on=1), *feed(1)]
+    again = [*op("restore", into=1), *feed(2, on=1), *op("restore", on=1, into=2)]
+    yield [*feed(7), *again, *feed(1, 2, on=2), *feed(1, on=1)]
+
+
+def copies(sizes: Sequence[int] = (5, 256)) -> Iterator[Program]:
+    """Copied by its own means, and both used."""
+    for size in sizes:
+        yield [*feed(size), *op("copy", into=1), *feed(1, 2, on=1), *feed(3, 1), *feed(1, on=1)]
+    yield [*feed(8), *op("copy", into=1), *op("trim", on=1, n=3), *feed(2, on=1), *feed(1)]
+    yield [*op("copy", into=1), *feed(2, on=1), *feed(3)]
+
+
+def windowed(programs: Iterable[Program], windows: Sequence[int] = (3, 5, 2)) -> Iterator[Program]:
+    """The same programs, with a window asked for at every chunk: what moves tokens moves the mask too."""
+    for i, program in enumerate(programs):
+        asked = {"window": windows[i % len(windows)], "array": i % 2 == 0}
+        yield [step | asked if step["op"] == "feed" else step for step in program]
+
+
+def changes(lengths: Sequence[int] = LENGTHS) -> Iterator[Program]:
+    """Rows that leave, are taken out, join and are put together again at each of these lengths, each in a batch of its
+    own, and are used after that."""
+    left: Program = []
+    merged: Program = []
+    for i, n in enumerate(lengths):
+        batch, other, row, joined = range(4 * i + 1, 4 * i + 5)
+        left += [*op("new", None, into=batch, left_padding=[0, 2, 1]), *feed(n, on=batch)]
+        left += [*op("extract", on=batch, row=1, into=row), *op("filter", on=batch, rows=[2, 1])]
+        left += [*op("new", None, into=other, left_padding=[1]), *feed(lengths[-1 - i], on=other)]
+        left += op("extend", on=batch, other=other)
+        merged += [*op("new", None, into=batch, left_padding=[0]), *feed(n, on=batch)]
+        merged += [*op("new", None, into=other, left_padding=[2]), *feed(lengths[-1 - i], on=other)]
+        merged += [*op("extract", on=batch, row=0, into=row), *op("extract", on=other, row=0, into=joined)]
+        merged += op("merge", None, of=[row, joined], into=4 * (len(lengths) + i) + 1)
+    yield left
+    yield merged
+    yield [*feed(3), *[step for _ in range(67) for step in (*feed(1), *op("filter", rows=[1, 0]))]]
 
 
 def padded() -> Iterator[Program]:
@@ -71,6 +134,7 @@ def padded() -> Iterator[Program]:
     yield feed(258, 1, 2)
     yield feed(6, 300, 1)
     yield [*op("left_pad", left_padding=[1, 4]), *feed(6, 2, 1)]
+    yield [*op("left_pad", left_padding=[17, 40]), *feed(45, 1, 30, 1)]
 
 
 def right_padded() -> Iterator[Program]:
@@ -102,6 +166,8 @@ def joined() -> Iterator[Program]:
 def filtered(rows: int) -> Iterator[Program]:
     """Rows that leave: to one, to those without padding, reordered, doubled."""
     chosen: list[list[int]] = [[0], [rows - 1], list(range(rows))[::-1], [0, 0, rows - 1], [rows - 1, 0]]
+    yield [*op("filter", rows=[rows - 1]), *feed(6, 1)]
+    yield [*op("filter", rows=[rows - 1, 0]), *feed(6, 1)]
     for kept in chosen:
         yield [*feed(6), *op("filter", rows=kept), *feed(1, 3, 1)]
         yield [*feed(6, 1, 1, 1), *op("filter", rows=kept), *feed(2, 1), *op("trim", n=1), *feed(1)]
@@ -122,6 +188,9 @@ def extracted(rows: int) -> Iterator[Program]:
     merged = op("merge", None, of=[*numbers], into=9)
     yield [*feed(7, 1, 1, 1), *every, *merged, *op("extend", other=9), *feed(1, 2)]
     yield [*feed(7), *op("extract", row=0, into=1), *op("trim", n=2), *feed(2, 1), *feed(1, 1, on=1)]
+    alone = [*op("extract", row=0, into=1), *op("merge", None, of=[1], into=9)]
+    yield [*feed(7), *alone, *op("trim", on=9, n=2), *feed(2, on=9), *feed(1, on=1)]
+    yield [*feed(7), *op("extract", row=0, into=1), *op("trim", on=1, n=2), *feed(1, on=1), *feed(1)]
     empty = op("single", None, like=1, into=8)
     yield [*feed(7), *every, *empty, *op("merge", None, of=[*numbers, 8], into=9), *feed(2, 1, 1, on=9)]
     yield [*feed(7), *every, *empty, *op("merge", None, of=[8, 1], into=9), *feed(1, 1, on=9)]

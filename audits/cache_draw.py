@@ -1,18 +1,15 @@
-"""Drawing programs with Hypothesis: a rule-based state machine over a candidate's cache and its model.
+"""Drawing programs: one operation after another, each possible where it stands, run on a candidate and its model.
 
-Each rule appends one operation to the program and runs it. A machine that has found something stops there, and its
-program is made smaller afterwards (audits/cache_shrink.py), so that what is reported replays without Hypothesis.
+Not Hypothesis's state machine: that one leaves rules out and repeats itself on purpose, so that half of its programs
+are empty, which is right for many thousands of them and not for forty. A program that has found something stops there
+and is made smaller afterwards (audits/cache_shrink.py), so that what is reported replays by itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from random import Random
 from typing import TYPE_CHECKING, Any
-
-from hypothesis import HealthCheck, Phase, settings
-from hypothesis import seed as seeded
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from audits.cache_contents import Found
 from audits.cache_machine import Invalid, Live, Machine
@@ -23,10 +20,14 @@ from audits.contract import Finding
 if TYPE_CHECKING:
     from audits.cache_contract import CacheContract, CacheSweep
 
-STEPS = 9
+STEPS = 10
 MOST_CACHES = 4  # alive in one program
+FULL = -1
+FEEDS = 4  # times as likely as any other operation
+LONGEST = 40  # chunk
 WINDOWS = (None, None, None, 1, 3, 6, 50)
 Drawn = tuple[dict[str, Any], Finding | None, str]
+Op = dict[str, Any]
 
 
 def drawn(
@@ -39,189 +40,137 @@ def drawn(
     seed: int,
 ) -> list[Drawn]:
     """What became of `count` drawn programs: case, what was wrong or None, digest."""
-    results: list[Drawn] = []
-
-    class Programs(_Programs):
-        """The state machine of this contract and candidate."""
-
-        def __init__(self) -> None:
-            super().__init__(contract, sweep, operations, results, seed)
-
-        @initialize(
-            option=st.sampled_from(list(options)),
-            dtype=st.sampled_from(list(dtypes)),
-            rows=st.integers(1, 3),
-            heads=st.integers(1, 2),
-            padding=st.lists(st.integers(0, 4), min_size=3, max_size=3),
-        )
-        def begin(self, option: Mapping[str, Any], dtype: str, rows: int, heads: int, padding: list[int]) -> None:
-            self.start(option, dtype, rows, heads, padding)
-
-    seeded(seed)(Programs)
-    run_state_machine_as_test(
-        Programs,
-        settings=settings(
-            max_examples=count,
-            stateful_step_count=STEPS,
-            database=None,
-            deadline=None,
-            derandomize=False,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        ),
-    )
-    return results
+    programs = (_Program(contract, sweep, operations, seed, Random(f"{seed} {i}")) for i in range(count))
+    results = [program.run(options, dtypes) for program in programs]
+    return [result for result in results if result is not None]
 
 
-class _Programs(RuleBasedStateMachine):
-    """Rules over one Machine; `choice` numbers pick among what is there, so that every draw is possible."""
+class _Program:
+    """One program, drawn and run on a Machine at once: what is drawn next depends on which caches there are."""
 
     def __init__(
-        self, contract: CacheContract, sweep: CacheSweep, operations: Sequence[str], results: list[Drawn], seed: int
+        self, contract: CacheContract, sweep: CacheSweep, operations: Sequence[str], seed: int, random: Random
     ) -> None:
-        super().__init__()
-        self.contract, self.sweep, self.operations, self.results = contract, sweep, operations, results
-        self.seed_ = seed
+        self.contract, self.sweep, self.seed, self.random = contract, sweep, seed, random
         self.case: dict[str, Any] = {}
-        self.machine: Machine | None = None
-        self.finding: Finding | None = None
         self.next = 1
+        draws = {name: getattr(self, f"_{name}") for name in operations}
+        self.draws: list[Callable[[Machine], list[Op]]] = [*draws.values(), *[draws["feed"]] * (FEEDS - 1)]
 
-    def start(self, option: Mapping[str, Any], dtype: str, rows: int, heads: int, padding: list[int]) -> None:
+    def run(self, options: Sequence[Mapping[str, Any]], dtypes: Sequence[str]) -> Drawn | None:
+        """The program's case, what was wrong, digest; None if the cache lacks what only its use has shown."""
+        option, dtype = self.random.choice(options), self.random.choice(dtypes)
+        self.case = self._blank(option, dtype)
+        finding = None
+        try:
+            machine = self.sweep.machine(self.case)
+            for _ in range(STEPS):
+                self._step(machine)
+            machine.finish()
+        except Found as found:
+            finding = found.finding
+        except CandidateError as error:
+            return self.case, Finding(check="raises", message=str(error)), ""
+        except Lacks:
+            return None
+        return self.case, finding, machine.digest.hexdigest()[:16]
+
+    def _blank(self, option: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         from audits.cache_contract import Plan
 
+        rows = self.random.randint(1, 3)
         if self.contract.batched:
-            option = {**option, "left_padding": padding[:rows]}
-        plan = Plan(program=[], options=option, batch=rows, heads=heads)
-        self.case = self.contract.case(plan, dtype, self.seed_)
-        try:
-            self.machine = self.sweep.machine(self.case)
-        except CandidateError as error:
-            self.finding = Finding(check="raises", message=str(error))
+            option = {**option, "left_padding": [self.random.randint(0, 4) for _ in range(rows)]}
+        plan = Plan(program=[], options=option, batch=rows, heads=self.random.randint(1, 2))
+        return self.contract.case(plan, dtype, self.seed)
 
-    def can(self, operation: str) -> bool:
-        return operation in self.operations and self.machine is not None and self.finding is None
+    def _step(self, machine: Machine) -> None:
+        """Draw one operation and run it; what isn't possible here is forgotten. Found."""
+        for op in self.random.choice(self.draws)(machine):
+            if op.get("as") == FULL:
+                return
+            self.case["program"].append(op)
+            try:
+                machine.apply(op)
+            except (Invalid, Lacks):
+                self.case["program"].pop()
+                return
 
-    def run_op(self, **op: Any) -> None:
-        """Append one operation and run it; an operation that isn't possible here is forgotten."""
-        if self.machine is None or self.finding is not None:
-            return
-        try:
-            self.machine.apply(op)
-        except (Invalid, Lacks):
-            return
-        except Found as found:
-            self.finding = found.finding
-        self.case["program"].append(op)
-
-    def pick(self, choice: int, derived: bool | None = None, batched: bool | None = None) -> int:
+    def _pick(self, machine: Machine, **wanted: bool) -> int:
         """The number of some live cache of that kind; −1, which no cache has, if there is none."""
-        assert self.machine is not None
-        fits = [
-            number
-            for number, live in self.machine.live.items()
-            if derived in (None, live.derived) and batched in (None, live.batched)
-        ]
-        return fits[choice % len(fits)] if fits else -1
+        fits = [n for n, live in machine.live.items() if all(getattr(live, k) == v for k, v in wanted.items())]
+        return self.random.choice(fits) if fits else -1
 
-    def at(self, number: int) -> Live | None:
-        assert self.machine is not None
-        return self.machine.live.get(number)
+    def _rows(self, machine: Machine, number: int) -> int:
+        live: Live | None = machine.live.get(number)
+        return len(live.rows) if live else 1
 
-    def fresh(self) -> int:
+    def _fresh(self, machine: Machine) -> int:
+        """A number for another cache; FULL when there are enough."""
+        if len(machine.live) >= MOST_CACHES:
+            return FULL
         self.next += 1
         return self.next - 1
 
-    @property
-    def room(self) -> bool:
-        return self.machine is not None and len(self.machine.live) < MOST_CACHES
+    # Operations: what an operation of that name could be here
 
-    @rule(choice=st.integers(0, 5), n=st.one_of(st.just(1), st.integers(1, 12)), window=st.sampled_from(WINDOWS),
-          array=st.booleans())  # fmt: skip
-    def feed(self, choice: int, n: int, window: int | None, array: bool) -> None:
-        if self.can("feed"):
-            keeps = self.case.get("keep", 0) > 0  # what a narrower window does to kept tokens isn't laid down
-            self.run_op(op="feed", on=self.pick(choice), n=n, window=None if keeps else window, array=array)
+    def _feed(self, machine: Machine) -> list[Op]:
+        n = self.random.choice((1, 1, 1, self.random.randint(2, 12), self.random.randint(2, 12), LONGEST))
+        n = self.random.randint(1, n)
+        # With keep only None is asked for: what a narrower window does to kept tokens isn't laid down.
+        window = None if self.case.get("keep", 0) > 0 else self.random.choice(WINDOWS)
+        array = self.random.random() < 0.5
+        return [{"op": "feed", "on": self._pick(machine), "n": n, "window": window, "array": array}]
 
-    @precondition(lambda self: self.can("trim"))
-    @rule(choice=st.integers(0, 5), n=st.integers(1, 9))
-    def trim(self, choice: int, n: int) -> None:
-        self.run_op(op="trim", on=self.pick(choice), n=n)
+    def _trim(self, machine: Machine) -> list[Op]:
+        return [{"op": "trim", "on": self._pick(machine), "n": self.random.randint(0, 9)}]
 
-    @precondition(lambda self: self.can("trim_front"))
-    @rule(choice=st.integers(0, 5))
-    def trim_front(self, choice: int) -> None:
-        self.run_op(op="trim_front", on=self.pick(choice))
+    def _trim_front(self, machine: Machine) -> list[Op]:
+        return [{"op": "trim_front", "on": self._pick(machine)}]
 
-    @precondition(lambda self: self.can("restore") and self.room)
-    @rule(choice=st.integers(0, 5))
-    def restore(self, choice: int) -> None:
-        self.run_op(**{"op": "restore", "on": self.pick(choice, derived=False), "as": self.fresh()})
+    def _restore(self, machine: Machine) -> list[Op]:
+        return [{"op": "restore", "on": self._pick(machine, derived=False), "as": self._fresh(machine)}]
 
-    @precondition(lambda self: self.can("new") and self.room)
-    @rule(padding=st.lists(st.integers(0, 3), min_size=1, max_size=2), n=st.integers(0, 7))
-    def new(self, padding: list[int], n: int) -> None:
-        number = self.fresh()
-        self.run_op(**{"op": "new", "as": number, "left_padding": padding})
-        if n and self.finding is None:
-            self.run_op(op="feed", on=number, n=n)
+    def _copy(self, machine: Machine) -> list[Op]:
+        return [{"op": "copy", "on": self._pick(machine), "as": self._fresh(machine)}]
 
-    @precondition(lambda self: self.can("right_pad"))
-    @rule(choice=st.integers(0, 5), lengths=st.lists(st.integers(1, 9), min_size=6, max_size=6), cut=st.integers(2, 9))
-    def right_pad(self, choice: int, lengths: list[int], cut: int) -> None:
-        number = self.pick(choice, batched=True)
-        live = self.at(number)
-        if live is None:
-            return
-        lengths = lengths[: len(live.rows)]
+    def _new(self, machine: Machine) -> list[Op]:
+        number, padding = self._fresh(machine), [self.random.randint(0, 3) for _ in range(self.random.randint(1, 2))]
+        made: Op = {"op": "new", "as": number, "left_padding": padding}
+        n = self.random.choice((0, self.random.randint(1, 9)))
+        return [made, {"op": "feed", "on": number, "n": n}] if n else [made]
+
+    def _left_pad(self, machine: Machine) -> list[Op]:
+        number = self._pick(machine, batched=True)
+        padding = [self.random.randint(0, 4) for _ in range(self._rows(machine, number))]
+        return [{"op": "left_pad", "on": number, "left_padding": padding}]
+
+    def _right_pad(self, machine: Machine) -> list[Op]:
+        number = self._pick(machine, batched=True)
+        lengths = [self.random.randint(1, 9) for _ in range(self._rows(machine, number))]
         total = max(2, *lengths)
+        cut = self.random.randint(2, total)
         chunks = [cut, total - cut] if total - cut >= 2 else [total]
-        self.run_op(op="right_pad", on=number, lengths=lengths, chunks=chunks)
+        return [{"op": "right_pad", "on": number, "lengths": lengths, "chunks": chunks}]
 
-    @precondition(lambda self: self.can("filter"))
-    @rule(choice=st.integers(0, 5), rows=st.lists(st.integers(0, 5), min_size=1, max_size=4))
-    def filter(self, choice: int, rows: list[int]) -> None:
-        number = self.pick(choice, batched=True)
-        live = self.at(number)
-        if live is not None:
-            self.run_op(op="filter", on=number, rows=[i % len(live.rows) for i in rows])
+    def _filter(self, machine: Machine) -> list[Op]:
+        number = self._pick(machine, batched=True)
+        rows = self._rows(machine, number)
+        kept = [self.random.randrange(rows) for _ in range(self.random.randint(1, 4))]
+        return [{"op": "filter", "on": number, "rows": kept}]
 
-    @precondition(lambda self: self.can("extend"))
-    @rule(choice=st.integers(0, 5), other=st.integers(0, 5))
-    def extend(self, choice: int, other: int) -> None:
-        a, b = self.pick(choice, batched=True), self.pick(other, batched=True)
-        self.run_op(**{"op": "extend", "on": a, "with": b})
+    def _extend(self, machine: Machine) -> list[Op]:
+        return [{"op": "extend", "on": self._pick(machine, batched=True), "with": self._pick(machine, batched=True)}]
 
-    @precondition(lambda self: self.can("extract") and self.room)
-    @rule(choice=st.integers(0, 5), row=st.integers(0, 5))
-    def extract(self, choice: int, row: int) -> None:
-        number = self.pick(choice, batched=True)
-        live = self.at(number)
-        if live is not None:
-            self.run_op(**{"op": "extract", "on": number, "row": row % len(live.rows), "as": self.fresh()})
+    def _extract(self, machine: Machine) -> list[Op]:
+        number = self._pick(machine, batched=True)
+        row = self.random.randrange(self._rows(machine, number))
+        return [{"op": "extract", "on": number, "row": row, "as": self._fresh(machine)}]
 
-    @precondition(lambda self: self.can("merge") and self.room)
-    @rule(empty=st.booleans(), turned=st.booleans())
-    def merge(self, empty: bool, turned: bool) -> None:
-        assert self.machine is not None
-        parts = [number for number, live in self.machine.live.items() if live.derived]
-        if parts and empty:
-            number = self.fresh()
-            self.run_op(**{"op": "single", "like": parts[0], "as": number})
-            parts += [number] if number in self.machine.live else []
-        if parts and self.finding is None:
-            self.run_op(**{"op": "merge", "of": parts[::-1] if turned else parts, "as": self.fresh()})
+    def _single(self, machine: Machine) -> list[Op]:
+        return [{"op": "single", "like": self._pick(machine, derived=True), "as": self._fresh(machine)}]
 
-    def teardown(self) -> None:
-        if not self.case or (self.machine is None and self.finding is None):
-            return
-        assert self.machine is not None or self.finding is not None
-        if self.machine is not None and self.finding is None:
-            try:
-                self.machine.finish()
-            except Found as found:
-                self.finding = found.finding
-            except Lacks:
-                return
-        digest = self.machine.digest.hexdigest()[:16] if self.machine is not None else ""
-        self.results.append((self.case, self.finding, digest))
+    def _merge(self, machine: Machine) -> list[Op]:
+        parts = [number for number, live in machine.live.items() if live.derived and not live.batched]
+        self.random.shuffle(parts)
+        return [{"op": "merge", "of": parts, "as": self._fresh(machine)}]

@@ -1,7 +1,7 @@
 """What is wrong with one fetch: for every query, the tokens that attention would see by the mask, against the model.
 
-Places that no query sees may hold anything, in any order; a place that one sees must hold a token of the row's own,
-its key and its value, in every head, once.
+Places that no query sees may hold any finite numbers, in any order; a place that one sees must hold a token of the
+row's own, its key and its value, in every head, once.
 """
 
 from __future__ import annotations

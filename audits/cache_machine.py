@@ -10,6 +10,7 @@ memory with another, or was to be copied later, is wrong only then.
     left_pad    on left_padding          prepare(left_padding) of an empty batch
     trim        on n                     trim_front  on
     restore     on as                    state and meta_state into a fresh cache
+    copy        on as                    its own way of copying
     new         as left_padding          another batch
     filter      on rows                  extend      on with
     extract     on row as                single      like as        (an empty cache of that class)
@@ -44,13 +45,17 @@ class Invalid(Exception):
 
 @dataclass
 class Live:
-    """A candidate's cache beside its model. `fetched`: arrays it returned, with what they held."""
+    """A candidate's cache beside its model.
+
+    fetched: arrays it returned, the places [B, S] in them that queries saw, and what they held.
+    """
 
     cache: Any
     rows: list[Row]
     batched: bool
     derived: bool = False  # not of the factory's class
-    fetched: list[tuple[Any, bytes]] = field(default_factory=list)
+    fed: bool = False
+    fetched: list[tuple[Any, tuple[Array, Array], bytes]] = field(default_factory=list)
 
 
 class Machine:
@@ -118,7 +123,7 @@ class Machine:
 
     def _left_pad(self, op: Op) -> None:
         live = self._on(op)
-        if len(op["left_padding"]) != len(live.rows) or any(row.tokens for row in live.rows):
+        if len(op["left_padding"]) != len(live.rows) or live.fed or any(row.tokens for row in live.rows):
             raise Invalid("left_padding")
         obj.needs(live.cache, "prepare")
         obj.call("prepare", lambda: live.cache.prepare(left_padding=list(op["left_padding"])))
@@ -144,6 +149,7 @@ class Machine:
             return
         live.fetched.clear()
         did = obj.call("trim", lambda: live.cache.trim(n))
+        did = 0 if n == 0 and did is None else did
         if did != min(n, held) and not (wrapped and did == 0):
             raise Found(Finding(check="trim", message=f"trim({n}) of {held} tokens returns {did}"))
         for row in live.rows:
@@ -153,8 +159,6 @@ class Machine:
     def _trim_front(self, op: Op) -> None:
         live = self._on(op)
         obj.needs(live.cache, "maybe_trim_front")
-        if not any(row.tokens for row in live.rows):
-            raise Invalid("empty")
         obj.call("maybe_trim_front", live.cache.maybe_trim_front)
         for row in live.rows:
             row.dropped = max(row.dropped, len(row.tokens) - (self.rules.chunk_size or 0))
@@ -173,6 +177,13 @@ class Machine:
         rows = [row.copy(f"{row.name} of restored cache {op['as']}") for row in live.rows]
         self._add(op, Live(cache, rows, self.batched))
 
+    def _copy(self, op: Op) -> None:
+        live = self._on(op)
+        if not obj.copies(live.cache):
+            raise obj.Lacks("copy")
+        rows = [row.copy(f"{row.name} of copy {op['as']}") for row in live.rows]
+        self._add(op, Live(obj.twin(live.cache), rows, live.batched, live.derived), check=True)
+
     def _new(self, op: Op) -> None:
         cache = obj.make(self.candidate, {**self.options, "left_padding": op["left_padding"]})
         rows = [Row(f"row {b} of cache {op['as']}", padding=p) for b, p in enumerate(op["left_padding"])]
@@ -181,8 +192,11 @@ class Machine:
     def _filter(self, op: Op) -> None:
         live = self._on(op)
         kept = op["rows"]
-        if not kept or max(kept) >= len(live.rows) or any(not live.rows[i].tokens for i in kept):
+        if not kept or max(kept) >= len(live.rows):
             raise Invalid("rows")
+        started = live.fed or any(row.tokens for row in live.rows)
+        if started and any(not live.rows[i].tokens for i in kept):
+            raise Invalid("rows that are inside their padding")
         obj.needs(live.cache, "filter")
         obj.call("filter", lambda: live.cache.filter(list(kept)))
         repeated = {i for i in kept if kept.count(i) > 1}
@@ -198,6 +212,7 @@ class Machine:
         obj.needs(live.cache, "extend")
         obj.call("extend", lambda: live.cache.extend(other.cache))
         live.rows += [row.copy() for row in other.rows]
+        live.fed |= other.fed
         live.fetched.clear()
         del self.live[op["with"]]
         self._disturb(other)
@@ -251,6 +266,7 @@ class Machine:
 
     def _update(self, live: Live, n: int, window: int | None, array: bool, limits: Sequence[int] | None) -> None:
         """One chunk of n columns; rows get padding where they are inside it, or past their limit."""
+        live.fed = True
         real = [row.real(n, None if limits is None else limits[b]) for b, row in enumerate(live.rows)]
         labels = [_labels(row, places) for row, places in zip(live.rows, real, strict=True)]
         serials, keys, values = self.tokens.make(labels)
@@ -269,12 +285,14 @@ class Machine:
         ]
         if not has_mask and n > 1:  # a window that nobody asked it for
             sights = [Sight(s.queries, s.must, _causal(*s.may.shape)) for s in sights]
-        self._judge(live, fetched, mask, sights, (keys.shape, values.shape))
-        self._keep_fetched(live, fetched)
+        seen = self._judge(live, fetched, mask, sights, (keys.shape, values.shape))
+        rows, columns = np.nonzero(seen)
+        self._keep_fetched(live, fetched, (rows, columns))
 
     def _judge(
         self, live: Live, fetched: tuple[Any, Any], mask: Any, sights: Sequence[Sight], shapes: tuple[Any, Any]
-    ) -> None:
+    ) -> Array:
+        """Found if something is wrong with a fetch; the places [B, S] that some query saw."""
         found = []
         for x, shape, name in zip(fetched, shapes, ("keys", "values"), strict=True):
             full, parts, finding = obj.dense(x, self.bits, self.tokens.dtype)
@@ -287,6 +305,12 @@ class Machine:
             for part in parts or (full,):
                 self.digest.update(np.ascontiguousarray(part).tobytes())
         (keys, key_parts), (values, value_parts) = found
+        for x, name in ((keys, "keys"), (values, "values")):
+            if not np.isfinite(x.astype(np.float32, copy=False)).all():
+                message = (
+                    f"{name} hold NaN or infinity, which attention turns into NaN even where it gives them no weight"
+                )
+                raise Found(Finding(check="finite", message=message))
         if keys.shape[2] != values.shape[2]:
             message = f"{keys.shape[2]} keys are returned, but {values.shape[2]} values"
             raise Found(Finding(check="shape", message=message))
@@ -301,14 +325,15 @@ class Machine:
         seen = np.stack([visible[b][s.queries].any(0) for b, s in enumerate(sights)])
         for kind, full, parts in ((KEY, keys, key_parts), (VALUE, values, value_parts)):
             self.contents.check(kind, full, parts, serials[kind], seen, live.rows)
+        return seen
 
-    def _keep_fetched(self, live: Live, fetched: tuple[Any, Any]) -> None:
-        """Arrays that were returned stay as they are while tokens are only appended.
+    def _keep_fetched(self, live: Live, fetched: tuple[Any, Any], seen: tuple[Array, Array]) -> None:
+        """What was seen in arrays that were returned stays as it is while tokens are only appended.
 
         A ring that has wrapped, and trimming, may reuse their memory: attention is done with them by then.
         """
-        for x, before in live.fetched:
-            if take(x).tobytes() != before:
+        for x, places, before in live.fetched:
+            if _at(x, places) != before:
                 message = "arrays that an earlier update returned have changed, though tokens were only appended"
                 raise Found(Finding(check="fetched unchanged", message=message))
         size = self.rules.max_size
@@ -316,7 +341,7 @@ class Machine:
             live.fetched.clear()
         elif self.candidate.framework != "mlx":
             arrays = [x for part in fetched for x in (part if isinstance(part, tuple | list) else (part,))]
-            live.fetched = [*live.fetched[-2:], *((x, take(x).tobytes()) for x in arrays)]
+            live.fetched = [*live.fetched[-2:], *((x, seen, _at(x, seen)) for x in arrays)]
 
     def _check_counts(self, live: Live) -> None:
         """offset, size, empty, and the options that the cache shows as attributes."""
@@ -379,6 +404,11 @@ def _labels(row: Row, places: Sequence[bool]) -> list[Label]:
 def _causal(queries: int, tokens: int) -> Array:
     """Which tokens the last `queries` of them may see."""
     return np.arange(tokens) <= np.arange(tokens - queries, tokens)[:, None]
+
+
+def _at(x: Any, places: tuple[Array, Array]) -> bytes:
+    """The bytes of an array [B, H, S, ·] in some of its places [B, S]."""
+    return take(x)[places[0], :, places[1]].tobytes()
 
 
 def _told(op: Op) -> str:

@@ -124,7 +124,8 @@ def dense(fetched: Any, bits: int | None, dtype: Any) -> tuple[Array, tuple[Arra
         return np.zeros(0), parts, Finding(check="shape", message=f"{problem} expected")
     words, scales, biases = parts
     wide = words.shape[-1] * 32 // bits
-    if scales.shape != biases.shape or scales.shape[:-1] != words.shape[:-1] or wide % max(scales.shape[-1], 1):
+    fits = scales.shape == biases.shape and scales.shape[:-1] == words.shape[:-1]
+    if not fits or words.shape[-1] * 32 % bits or wide % max(scales.shape[-1], 1):
         return np.zeros(0), parts, Finding(check="shape", message=f"codes, scales, biases are {shapes}: they don't fit")
     return _dequantised(words, scales, biases, bits), parts, _wrong_dtype(scales, dtype, "what was fed")
 
@@ -165,12 +166,26 @@ def saved(cache: Any) -> tuple[Any, Any]:
 def restore(cache: Any, state: Any, meta: Any) -> None:
     """Set state, then meta_state, the order in which prompt caches are loaded."""
 
+    declared = getattr(type(cache), "state", None)
+    if isinstance(declared, property) and declared.fset is None:
+        raise Lacks("state that can be set")
+
     def work() -> None:
         cache.state = state
         if meta is not None:
             cache.meta_state = meta
 
     call("setting state", work)
+
+
+def copies(cache: Any) -> bool:
+    """Whether a cache has a way of its own to be copied; Python's is right by itself."""
+    return any(has(cache, name) for name in ("copy", "__copy__", "__deepcopy__"))
+
+
+def twin(cache: Any) -> Any:
+    """A copy that has nothing in common with the cache: by its copy(), or by copy.deepcopy."""
+    return call("copy", cache.copy if has(cache, "copy") else lambda: copy.deepcopy(cache))
 
 
 def copied(tree: Any) -> Any:

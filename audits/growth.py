@@ -28,10 +28,12 @@ if TYPE_CHECKING:
 NODES, BYTES = "growth in graph nodes", "growth in bytes"
 CHECKS = (NODES, BYTES)
 TWINS = "independence"
-CASES = ("decode", "prefill", "filter", "extract", "twins")
+CONSTANT = "constant groups"
+CASES = ("decode", "chunks", "prefill", "filter", "extract", "twins", "constants")
 STEP = 256  # tokens by which caches grow (mlx-lm's); samples are that far apart, so that they meet the same spare room
 SAMPLES = (40, 40 + STEP, 40 + 2 * STEP)
 PREFILL = 2048
+CHUNKS = 400
 NODES_A_STEP = 0.25  # more is a leak: a counter gives 1, whatever is rebuilt each step 0
 # Of a token's bytes, for a cache that holds a fixed number of tokens: half-filled buffers come to less.
 BYTES_A_STEP = 0.25
@@ -39,7 +41,9 @@ BYTES_A_STEP = 0.25
 
 def applies(case: str, contract: str, framework: str, lacking: Iterable[str]) -> bool:
     """Whether a growth case means something for a contract's cache."""
-    if case == "prefill":
+    if case == "constants":
+        return "quantized" in contract
+    if case in ("prefill", "chunks"):
         return "rotating" in contract or ("chunked" in contract and "maybe_trim_front" not in lacking)
     if case in ("filter", "extract"):
         return "batch" in contract and case not in lacking
@@ -50,9 +54,11 @@ def check(
     contract: CacheContract, candidate: Candidate, case: Mapping[str, Any], options: Mapping[str, Any]
 ) -> tuple[Finding | None, str]:
     """What grows in one growth case, or None; the digest is empty, for no values are looked at."""
-    if case["growth"] == "twins":
-        return _twins(candidate, case, options), ""
-    run = {"decode": _decode, "prefill": _prefill, "filter": _filter, "extract": _extract}[case["growth"]]
+    if case["growth"] in ("twins", "constants"):
+        return {"twins": _twins, "constants": _constants}[case["growth"]](candidate, case, options), ""
+    run = {"decode": _decode, "chunks": _chunks, "prefill": _prefill, "filter": _filter, "extract": _extract}[
+        case["growth"]
+    ]
     rows = 4 if case["growth"] in ("filter", "extract") else 2
     if "left_padding" in options:
         options = {**options, "left_padding": [0] * rows}
@@ -81,6 +87,7 @@ class _Feeder:
         self.before = _active() if self.framework == "mlx" else 0
         self.cache = obj.make(candidate, options)
         self.fixed = options.get("max_size") or options.get("chunk_size")
+        self.batched = "left_padding" in options
         self.chunked = "chunk_size" in options and obj.has(self.cache, "maybe_trim_front")
 
     def feed(self, n: int) -> None:
@@ -137,8 +144,35 @@ def _twins(candidate: Candidate, case: Mapping[str, Any], options: Mapping[str, 
     return None
 
 
+def _constants(candidate: Candidate, case: Mapping[str, Any], options: Mapping[str, Any]) -> Finding | None:
+    """A quantisation group whose numbers are all equal has no range to divide by: it comes back as it was."""
+    rows = len(options["left_padding"]) if "left_padding" in options else 1
+    options = {**options, "left_padding": [0] * rows} if "left_padding" in options else options
+    dtype = np.dtype(DTYPES[case["dtype"]])
+    levels = np.array([0, 1, -0.75, 0], dtype)[:, None]
+    given = [np.broadcast_to(levels, (rows, case["heads"], 4, d)).copy() for d in case["dims"]]
+    try:
+        fetched = obj.fetch(obj.make(candidate, options), given[0], given[1], candidate.framework, candidate.device)
+        found = [obj.dense(x, options.get("bits"), dtype) for x in fetched]
+    except CandidateError as error:
+        return Finding(check="raises", message=f"constant groups: {error}")
+    for (actual, _, wrong), expected, name in zip(found, given, ("keys", "values"), strict=True):
+        if wrong is not None:
+            return wrong
+        apart = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+        if actual.shape != expected.shape or not (apart <= 2.0**-6).all():
+            message = f"{name} whose groups are constant, 0, 1 and −0.75, come back changed by up to {apart.max():.3g}"
+            return Finding(check=CONSTANT, message=message)
+    return None
+
+
 def _decode(feeder: _Feeder) -> Finding | None:
-    """Nodes and bytes over SAMPLES[-1] decode steps."""
+    """Nodes and bytes over SAMPLES[-1] decode steps, after whatever may leave an array behind has been done once."""
+    feeder.feed(3)
+    if obj.has(feeder.cache, "trim") and obj.call("is_trimmable", getattr(feeder.cache, "is_trimmable", lambda: True)):
+        obj.call("trim", lambda: feeder.cache.trim(1))
+    if feeder.batched and obj.has(feeder.cache, "filter"):
+        obj.call("filter", lambda: feeder.cache.filter([1, 0]))
     feeder.feed(8)
     nodes, sizes = [], []
     for step in range(1, SAMPLES[-1] + 1):
@@ -162,8 +196,15 @@ def _decode(feeder: _Feeder) -> Finding | None:
             f" {feeder.fixed} tokens a row are visible"
         )
         return Finding(check=BYTES, message=message, evidence=evidence)
-    held = feeder.fixed or 8 + SAMPLES[-1]
+    held = feeder.fixed or 10 + SAMPLES[-1]
     return _too_many(feeder, sizes[-1], held, f"{SAMPLES[-1]} decode steps", evidence)
+
+
+def _chunks(feeder: _Feeder) -> Finding | None:
+    """A cache that shows few tokens keeps few, when each step brings three, as drafts to be verified do."""
+    for _ in range(CHUNKS):
+        feeder.feed(3)
+    return _too_many(feeder, feeder.bytes(), feeder.fixed or 3 * CHUNKS, f"{CHUNKS} chunks of 3 tokens")
 
 
 def _prefill(feeder: _Feeder) -> Finding | None:

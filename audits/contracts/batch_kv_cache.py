@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from audits.cache_contract import CacheContract, Plan
 from audits.cache_corpus import (
     Program,
+    changes,
+    copies,
     extracted,
     feed,
     filtered,
@@ -14,12 +16,29 @@ from audits.cache_corpus import (
     masks,
     op,
     padded,
+    pairs,
     restores,
     right_padded,
+    steps,
     trims,
+    windowed,
 )
 
-OPERATIONS = ("trim", "restore", "left_pad", "right_pad", "new", "filter", "extend", "extract", "single", "merge")
+SMALL = (32, 32)  # dims where lengths are what matters
+
+OPERATIONS = (
+    "trim",
+    "restore",
+    "copy",
+    "left_pad",
+    "right_pad",
+    "new",
+    "filter",
+    "extend",
+    "extract",
+    "single",
+    "merge",
+)
 
 
 def programs(full: bool) -> Iterator[tuple[Program, list[int]]]:
@@ -33,8 +52,18 @@ def programs(full: bool) -> Iterator[tuple[Program, list[int]]]:
     yield from ((program, [0, 0]) for program in right_padded())
     yield from ((program, left_padding) for program in joined() for left_padding in ([0], [2, 0]))
     yield from ((program, [3, 0]) for program in trims((10, 258)) if _shorter(program, 3))
-    yield from ((program, [0, 2]) for program in restores((5, 256)))
+    yield from ((program, [0, 2]) for program in (*restores((5, 256)), *copies()))
+    changed = [*filtered(2), *extracted(2), *restores((5,)), *list(joined())[::3]]
+    yield from ((program, [2, 0]) for program in windowed(changed))
+    yield from ((program, [0, 0]) for program in windowed(right_padded()))
     yield [*feed(8), *op("filter", rows=[0]), *op("restore", into=1), *feed(1, 2, on=1)], [3, 0]
+
+
+def lengths(total: int = 520, modulus: int = 96) -> Iterator[tuple[Program, list[int]]]:
+    """(program, left padding) in which every length is looked at, by the token, in chunks, and where rows change."""
+    yield steps(total), [0, 2]
+    yield from ((program, [0, 0]) for program in changes())
+    yield from ((program, [2, 0]) for program in pairs(modulus))
 
 
 def _shorter(program: Program, padding: int) -> bool:
@@ -46,6 +75,9 @@ def _shorter(program: Program, padding: int) -> bool:
 def corpus(full: bool) -> Iterator[Plan]:
     for i, (program, left_padding) in enumerate(programs(full)):
         yield Plan(program=program, options={"left_padding": left_padding}, heads=1 + i % 2)
+    for program, left_padding in lengths():
+        yield Plan(program=program, options={"left_padding": left_padding}, dims=SMALL)
+    yield Plan(program=feed(9, 1, 2), options={"left_padding": [0, 3, 1, 7, 2]}, heads=8, dims=(32, 64))
 
 
 CONTRACT = CacheContract(

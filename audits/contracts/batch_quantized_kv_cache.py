@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from audits.cache_contract import CacheContract, Plan
-from audits.contracts.batch_kv_cache import OPERATIONS, programs
+from audits.contracts.batch_kv_cache import OPERATIONS, lengths, programs
+from audits.contracts.quantized_kv_cache import REFUSABLE, SMALL
 from audits.contracts.quantized_kv_cache import SETTINGS as QUANTISATIONS
 
 SETTINGS = tuple({"left_padding": [0, 2], **setting} for setting in QUANTISATIONS)
@@ -15,6 +16,9 @@ def corpus(full: bool) -> Iterator[Plan]:
     for i, (program, left_padding) in enumerate(programs(full)):
         options = {"left_padding": left_padding, **QUANTISATIONS[i % len(QUANTISATIONS)]}
         yield Plan(program=program, options=options, heads=1 + i % 2)
+    small = [setting for setting in QUANTISATIONS if setting["group_size"] == 32]
+    for i, (program, left_padding) in enumerate(lengths(modulus=64)):
+        yield Plan(program=program, options={"left_padding": left_padding, **small[i % len(small)]}, dims=SMALL)
 
 
 CONTRACT = CacheContract(
@@ -28,5 +32,6 @@ CONTRACT = CacheContract(
     operations=OPERATIONS,
     settings=SETTINGS,
     corpus=corpus,
+    refusable=REFUSABLE,
     dims=(64, 128),
 )

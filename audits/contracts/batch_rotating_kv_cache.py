@@ -5,8 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from audits.cache_contract import CacheContract, Plan
-from audits.cache_corpus import Program, extracted, feed, filtered, joined, op, padded, restores, right_padded
-from audits.contracts.batch_kv_cache import OPERATIONS
+from audits.cache_corpus import (
+    Program,
+    copies,
+    extracted,
+    feed,
+    filtered,
+    joined,
+    op,
+    padded,
+    restores,
+    right_padded,
+    steps,
+    windowed,
+)
+from audits.contracts.batch_kv_cache import OPERATIONS, SMALL, lengths
 
 SETTINGS = tuple({"max_size": max_size, "left_padding": [0, 2]} for max_size in (8, 5, 300))
 
@@ -49,8 +62,12 @@ def corpus(full: bool) -> Iterator[Plan]:
     for size in (5, 8):
         plans += [(program, size, [0, 0]) for program in right_padded()]
     plans += [(program, (8, 300)[i % 2], [[0], [2, 0]][i // 2 % 2]) for i, program in enumerate(joined())]
-    plans += [(program, 8, [0, 2]) for program in restores((5, 8, 12))]
+    plans += [(program, 8, [0, 2]) for program in (*restores((5, 8, 12)), *copies((5, 13)))]
+    plans += [(program, 6, [0, 2]) for program in windowed([*filtered(2), *extracted(2), *restores((4, 9))])]
+    plans += [(program, 8, [0]) for program in windowed([*list(joined())[::3]])]
+    plans += [(program, 6, [0, 0]) for program in windowed(right_padded())]
     for fed in (6, 8, 9, 12):
+        plans += [([*feed(fed), *op("trim", n=0), *feed(2, *[1] * 9)], 8, [0, 2])]
         plans += [([*feed(fed), *op("trim", n=2), *feed(*[1] * 9)], 8, [0, 2])]
         plans += [([*feed(*[1] * fed), *op("trim", n=1), *feed(2, 1, 1)], 8, [2, 0])]
     for window in (1, 3, 4, 5, 9):
@@ -61,6 +78,9 @@ def corpus(full: bool) -> Iterator[Plan]:
     for i, (program, max_size, left_padding) in enumerate(plans):
         options = {"max_size": max_size, "left_padding": left_padding}
         yield Plan(program=program, options=options, heads=1 + i % 2)
+    yield Plan(program=steps(200), options={"max_size": 70, "left_padding": [0, 20]}, dims=SMALL)
+    for i, (program, left_padding) in enumerate(lengths()):
+        yield Plan(program=program, options={"max_size": (300, 40)[i > 0], "left_padding": left_padding}, dims=SMALL)
 
 
 CONTRACT = CacheContract(

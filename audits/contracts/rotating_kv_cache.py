@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from audits.cache_contract import CacheContract, Plan
-from audits.cache_corpus import Program, feed, op, restores
+from audits.cache_corpus import Program, copies, feed, op, pairs, restores, steps, walks, windowed
 
+SMALL = (32, 32)  # dims where lengths are what matters
 SETTINGS = tuple(
     {"max_size": max_size, "keep": keep}
     for max_size, keep in ((8, 0), (5, 0), (8, 2), (7, 4), (6, 1), (1, 0), (300, 0))
@@ -25,11 +26,20 @@ def wraps(max_size: int) -> Iterator[Program]:
 def ring_trims(max_size: int) -> Iterator[Program]:
     """Trimming before the ring is full, when it just is, and past the wrap."""
     for fed in (max_size - 2, max_size - 1, max_size, max_size + 1, max_size + 4):
-        for n in (1, 2):
+        for n in (0, 1, 2):
             if fed > n:
                 yield [*feed(fed), *op("trim", n=n), *feed(*[1] * (max_size + 1), 2, 1)]
                 yield [*feed(*[1] * fed), *op("trim", n=n), *feed(1, 3, *[1] * max_size)]
                 yield [*feed(max_size, *[1] * (fed - 1)), *op("trim", n=n), *feed(2, 1, 1)]
+
+
+def lengths() -> Iterator[tuple[Program, int, int]]:
+    """Every length looked at, by the token and in chunks, in rings that grow in steps and wrap: (…, max_size, keep)."""
+    yield steps(620), 300, 0
+    yield steps(200), 70, 4
+    yield from ((program, 300, keep) for program, keep in zip(walks(), (0, 4), strict=True))
+    yield from ((program, 40, 0) for program in pairs(96))
+    yield from ((program, 33, 4) for program in pairs(48, windows=(None,)))
 
 
 def corpus(full: bool) -> Iterator[Plan]:
@@ -47,12 +57,17 @@ def corpus(full: bool) -> Iterator[Plan]:
             for array in (False, True):
                 program = feed(4, *[1] * (1 + phase), 3, 1, 1, window=window, array=array)
                 plans.append((program, {"max_size": 5, "keep": 0}))
+    plans += [(program, {"max_size": 8, "keep": 0}) for program in windowed(restores((3, 6, 11)))]
+    plans += [(program, {"max_size": 8, "keep": 0}) for program in windowed(ring_trims(8))]
+    plans += [(program, {"max_size": 8, "keep": keep}) for program in copies((5, 13)) for keep in (0, 2)]
     plans += [(feed(3, 1, 2, 1), {"max_size": 1, "keep": 0})]
     for first in (255, 256, 299, 300, 310):
         plans.append((feed(first, 1, 1, 3, 1), {"max_size": 300, "keep": 0}))
     plans.append(([*feed(*[1] * 3, 254, 1, 1), *op("trim", n=4), *feed(40, *[1] * 6)], {"max_size": 300, "keep": 4}))
     for i, (program, options) in enumerate(plans):
         yield Plan(program=program, options=options, batch=1 + i % 3, heads=1 + i % 2)
+    for program, max_size, keep in lengths():
+        yield Plan(program=program, options={"max_size": max_size, "keep": keep}, dims=SMALL)
 
 
 CONTRACT = CacheContract(
@@ -65,7 +80,7 @@ CONTRACT = CacheContract(
         " window_size narrows that (with keep only None is asked for). A wider window_size may show what a longer chunk"
         " still holds. A full ring refuses to trim (is_trimmable, or trim returning 0) or trims right."
     ),
-    operations=("trim", "restore"),
+    operations=("trim", "restore", "copy"),
     settings=SETTINGS,
     corpus=corpus,
 )

@@ -1,6 +1,6 @@
 """Codes, scales and biases in six buffers that grow by 256 tokens, in NumPy.
 
-MLX's layout: code·scale + bias, 32/bits codes a word, low bits first.
+MLX's layout: code·scale + bias, codes back to back in 32-bit words, low bits first.
 """
 
 import numpy as np
@@ -15,17 +15,29 @@ def quantize(x, group_size, bits):
     scales = np.maximum((high - low) / (2**bits - 1), 1e-7).astype(x.dtype)
     biases = low.astype(x.dtype)
     steps = (grouped - biases.astype(np.float32)[..., None]) / scales.astype(np.float32)[..., None]
-    codes = np.clip(np.round(steps), 0, 2**bits - 1).astype(np.uint32).reshape(*x.shape[:-1], -1, 32 // bits)
-    words = (codes << np.arange(0, 32, bits, dtype=np.uint32)).sum(-1, dtype=np.uint32)
-    return words, scales, biases
+    codes = np.clip(np.round(steps), 0, 2**bits - 1).astype(np.uint32).reshape(*x.shape[:-1], -1)
+    return pack(codes, bits), scales, biases
+
+
+def pack(codes, bits):
+    """Codes back to back, across words where `bits` doesn't divide 32."""
+    stream = (codes[..., None] >> np.arange(bits, dtype=np.uint32)) & np.uint32(1)
+    words = stream.reshape(*codes.shape[:-1], -1, 32)
+    return (words << np.arange(32, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+
+
+def unpack(words, bits):
+    stream = (words[..., None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
+    codes = stream.reshape(*words.shape[:-1], -1, bits)
+    return (codes << np.arange(bits, dtype=np.uint32)).sum(-1, dtype=np.uint32)
 
 
 def dequantize(words, scales, biases, group_size, bits):
     """What codes, scales and biases stand for, in the dtype of the scales."""
-    codes = (words[..., None] >> np.arange(0, 32, bits, dtype=np.uint32)) & np.uint32(2**bits - 1)
+    codes = unpack(words, bits)
     grouped = codes.reshape(*scales.shape, group_size).astype(np.float32)
     full = grouped * scales.astype(np.float32)[..., None] + biases.astype(np.float32)[..., None]
-    return full.reshape(*words.shape[:-1], -1).astype(scales.dtype)
+    return full.reshape(codes.shape).astype(scales.dtype)
 
 
 class QuantizedKVCache:
