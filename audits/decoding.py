@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,9 @@ def adapted(candidate: Candidate) -> Candidate:
     """The candidate as a function of a whole session, session(tokens, *, chunks, draft, left_padding) -> logits.
 
     chunks: how many tokens each call gets, in order (None: one call without a cache). draft: after that many tokens,
-    feed three others and take them back. Its signature leaves out what the candidate offers no means for.
+    feed a draft of three or eight, of which none, one or two are right, and take the others back; a cache that says by
+    then that it can't be trimmed is made anew, as engines do. Its signature leaves out what the candidate offers no
+    means for.
     """
     decoder = candidate.function
     make = getattr(decoder, "make_cache", None)
@@ -71,18 +74,37 @@ def _session(decoder: Any, make: Any, framework: str) -> Callable[..., Any]:
             return _logits(decoder(tokens))[0]
         cache = None if make is None else make() if left_padding is None else make(left_padding=list(left_padding))
         parts, at = [], 0
-        for n in chunks or (tokens.shape[1],):
+        for end in accumulate(chunks or (tokens.shape[1],)):
             if draft is not None and at == draft:
-                wrong = give(((take(tokens[:, :3]) + 1) % DRAFTED).astype(np.int32), framework)
-                decoder(wrong, cache=cache)
-                for one in _layers(cache):
-                    one.trim(wrong.shape[1])
-            logits, cache = _logits(decoder(tokens[:, at : at + n], cache=cache), cache)
-            parts.append(take(logits))
-            at += n
+                logits, cache = drafted(tokens, at, cache)
+                parts.append(logits)
+                at += logits.shape[1]
+            if end > at:
+                logits, cache = _logits(decoder(tokens[:, at:end], cache=cache), cache)
+                parts.append(take(logits))
+                at = end
         return np.concatenate(parts, axis=1)
 
+    def drafted(tokens: Any, at: int, cache: Any) -> tuple[Any, Any]:
+        """Logits of the accepted part of a draft after `at` tokens, and the cache with the rest taken back."""
+        known = take(tokens)
+        count, accepted = (8, 3)[at % 2], min(at % 3, known.shape[1] - at)
+        wrong = (known[:, np.arange(count - accepted) % known.shape[1]] + 1) % DRAFTED
+        draft = np.concatenate([known[:, at : at + accepted], wrong], axis=1).astype(np.int32)
+        logits, cache = _logits(decoder(give(draft, framework), cache=cache), cache)
+        if not all(_trimmable(one) for one in _layers(cache)):
+            cache = make()
+            decoder(tokens[:, :at], cache=cache)
+            return take(logits)[:, :0], cache
+        for one in _layers(cache):
+            one.trim(count - accepted)
+        return take(logits)[:, :accepted], cache
+
     return session
+
+
+def _trimmable(cache: Any) -> bool:
+    return bool(getattr(cache, "is_trimmable", lambda: True)())
 
 
 def _logits(result: Any, cache: Any = None) -> tuple[Any, Any]:
@@ -104,7 +126,7 @@ def _trims(make: Any) -> bool:
     """Whether every layer's cache can take back tokens; not if it can't be made, which the sweep will find."""
     with suppress(CandidateError):
         layers = guarded(lambda: _layers(make()))
-        return all(hasattr(x, "trim") and guarded(getattr(x, "is_trimmable", lambda: True)) for x in layers)
+        return bool(guarded(lambda: all(hasattr(x, "trim") and _trimmable(x) for x in layers)))
     return False
 
 

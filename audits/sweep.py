@@ -174,7 +174,7 @@ class Sweep:
             key = repr(sorted(case.items(), key=str))
             if key in seen or not self.contract.valid(case) or self._needs_what_lacks(case):
                 continue
-            if case["layout"] not in self.candidate.layouts or self._refused(case):
+            if not self.applies(case) or case["layout"] not in self.candidate.layouts or self._refused(case):
                 continue
             seen.add(key)
             yield case
@@ -195,8 +195,10 @@ class Sweep:
                     yield from self._layouts(plain)
         for i, part in enumerate(self.contract.corpus(full)):
             chosen = (part["dtype"],) if "dtype" in part else dtypes if full else (_in_turn(dtypes, i + seed),)
+            fields = {name: value for name, value in part.items() if name != "relation"}
             for dtype in (d for d in chosen if d in dtypes):
-                yield {**filled(domain, {"dtype": dtype, "seed": (seed + i) % 8, **part}), "relation": VALUES}
+                case = filled(domain, {"dtype": dtype, "seed": (seed + i) % 8, **fields})
+                yield {**case, "relation": part.get("relation", VALUES)}
         yield from self._drawn(dtypes, self.contract.examples * (FULL_EXAMPLES if full else 1), seed)
 
     def _relations(self, case: Case) -> Iterator[Relation]:

@@ -106,27 +106,28 @@ def _alone(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
 
 
 def _padded(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
-    """Rows of unequal length, padded on the left, each as if alone."""
+    """Rows of unequal length, padded on the left, each as if alone: in one call, and the last two tokens decoded."""
     tokens, lengths = call.args["tokens"], [max(1, case["L"] - 3 * b) for b in range(case["B"])]
     padding = [case["L"] - n for n in lengths]
     padded = tokens.copy()
     for row, n in enumerate(padding):
         padded[row, :n] = 0
-    (together,) = run(Call({"tokens": padded, "left_padding": padding}))
-    for row, n in enumerate(padding):
-        (alone,) = run(Call({"tokens": tokens[row : row + 1, n:].copy()}))
-        found = apart(together[row : row + 1, n:], alone, run.arithmetic)
-        if found:
-            return f"row {row}, padded by {n}: {found}"
+    apiece = [run(Call({"tokens": tokens[row : row + 1, n:].copy()}))[0] for row, n in enumerate(padding)]
+    for chunks in ([case["L"]], [n for n in (case["L"] - 2, 1, 1) if n > 0]):
+        (together,) = run(Call({"tokens": padded, "left_padding": padding, "chunks": chunks}))
+        for row, (n, alone) in enumerate(zip(padding, apiece, strict=True)):
+            found = apart(together[row : row + 1, n:], alone, run.arithmetic)
+            if found:
+                return f"row {row}, padded by {n}, in chunks of {chunks}: {found}"
     return None
 
 
 def _drafted(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
     L = case["L"]
-    for at in sorted({1, L // 2, L - 1}):
-        found = apart(run(call.with_(chunks=[at, *[1] * (L - at)], draft=at))[0], outputs[0], run.arithmetic)
+    for at in sorted({*range(1, L, max(1, L // 6)), L - 1}):
+        found = apart(run(call.with_(chunks=[at, 1, L - at - 1], draft=at))[0], outputs[0], run.arithmetic)
         if found:
-            return f"three tokens drafted after {at} and taken back: {found}"
+            return f"tokens drafted after {at} and taken back: {found}"
     return None
 
 
@@ -139,9 +140,11 @@ def _fresh(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
 
 
 def corpus(full: bool) -> Iterator[Case]:
-    lengths = (2, 3, 7, 8, 9, 15, 16, 17, 31, 32, 33, 34, 63, 64, 65)
-    for i, L in enumerate((*lengths, 127, 128, 129, 255, 256, 257, 300) if full else lengths):
-        yield {"B": 1 + i % 3, "L": L}
+    """Lengths around thresholds, each by the cheapest relation, for there is no reference; when full, every length."""
+    lengths = (2, 9, 16, 17, 24, 25, 31, 32, 33, 48, 49, 64, 65)
+    for L in (*range(2, 67), 127, 128, 129, 255, 256, 257, 300) if full else lengths:
+        yield {"B": 1 + L % 2, "L": L, "relation": "last token alone"}
+    yield {"B": 2, "L": 17, "relation": "left padding"}
 
 
 def _thirds(L: int) -> list[int]:
@@ -173,16 +176,17 @@ CONTRACT = Contract(
         Relation(name="prefill equals decode", check=_routes(lambda L: [1] * L), needs=("chunks",)),
         Relation(
             name="whole equals chunked",
-            check=_routes(_thirds, lambda L: [L - 1, 1], lambda L: [2] * (L // 2) + [L % 2]),
+            check=_routes(_thirds, lambda L: [2] * min(L // 2, 9) + [max(L % 2, L - 18)]),
             needs=("chunks",),
         ),
+        Relation(name="last token alone", check=_routes(lambda L: [L - 1, 1]), needs=("chunks",)),
         Relation(name="fresh cache", check=_fresh, needs=("chunks",)),
-        Relation(
-            name="rejected draft", check=_drafted, needs=("chunks", "draft"), applies=lambda case: case["L"] <= 12
-        ),
+        Relation(name="rejected draft", check=_drafted, needs=("chunks", "draft")),
         Relation(name="future token", check=_future),
         Relation(name="history matters", check=_history, applies=lambda case: case["L"] <= 12),
         Relation(name="batch equals alone", check=_alone, applies=lambda case: case["B"] > 1),
-        Relation(name="left padding", check=_padded, needs=("left_padding",), applies=lambda case: case["B"] > 1),
+        Relation(
+            name="left padding", check=_padded, needs=("left_padding", "chunks"), applies=lambda case: case["B"] > 1
+        ),
     ],
 )
