@@ -22,6 +22,8 @@ SCALARS = {"i16": "<h", "u16": "<H", "i32": "<i", "u32": "<I", "i64": "<q", "u64
 FORMATS = {"q8_0": ("Q8_0", 32, 34), "q4_K": ("Q4_K", 256, 144), "q2_K": ("Q2_K", 256, 84)}
 FORMATS |= {"iq2_xxs": ("IQ2_XXS", 256, 66), "f16": ("F16", 1, 2)}
 RHS = {"f32": "float32", "f16": "float16"}
+# Numbers of weight rows (M) to try, where the description has no others: a whole tile, and a ragged last one.
+ROWS = (64, 70)
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -48,6 +50,8 @@ class KernelSpec:
     buffers: Mapping[int, str | tuple[str, ...]]
     include_dirs: tuple[Path, ...] = ()
     defines: Mapping[str, Any] = field(default_factory=dict)
+    constants: Mapping[int | str, Any] = field(default_factory=dict)
+    rows: tuple[int, ...] = ROWS
 
     def grid(self, sizes: Mapping[str, int]) -> tuple[int, int, int]:
         """Threadgroups of a launch over `sizes`."""
@@ -89,6 +93,9 @@ def specs_of(entry: Mapping[str, Any], described: Mapping[str, Any], folder: Pat
         raise ValueError(f"a buffer is {wrong[0]!r}; it is a list of scalars or one of {', '.join(ROLES)}")
     if missing := {"weights", "x", "out"} - {m for m in buffers.values() if isinstance(m, str)}:
         raise ValueError(f"no buffer is {sorted(missing)[0]!r}")
+    rows = tuple(int(M) for M in entry.get("rows", ROWS))
+    if not rows or min(rows) < 1:
+        raise ValueError(f"rows are {list(rows)}; numbers of weight rows from 1 on are expected")
     for kind, rhs, tile in itertools.product(entry["format"], entry["rhs"], entry["tile"]):
         if kind not in FORMATS or rhs not in RHS:
             raise ValueError(
@@ -108,6 +115,8 @@ def specs_of(entry: Mapping[str, Any], described: Mapping[str, Any], folder: Pat
             buffers=buffers,
             include_dirs=tuple(folder / name for name in described.get("include_dirs", ())),
             defines=dict(described.get("defines", {})),
+            constants={int(key) if key.isdigit() else key: v for key, v in described.get("constants", {}).items()},
+            rows=rows,
         )
 
 

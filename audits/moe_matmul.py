@@ -36,7 +36,6 @@ OWN = KERNELS / "moe.toml"
 # 32).
 TOKENS = (1, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129)
 WIDTHS = (256, 512, 1024)
-ROWS = (64, 70)  # a whole tile of weight rows, and a ragged last one
 LOADS = ("one", "even", "skewed", "empty")
 # Products of two halves are exact in float32, which accumulates; one store, in float32 too.
 ARITHMETIC = Arithmetic.claim("float16", accumulate="float32", output="float32")
@@ -148,13 +147,21 @@ def problem(spec: KernelSpec, case: MatmulCase) -> Problem:
 
 
 @lru_cache(maxsize=8)
-def library(spec_source: Path, checked: bool, include_dirs: tuple[Path, ...], defines: tuple[Any, ...]) -> Library:
+def library(
+    spec_source: Path,
+    checked: bool,
+    include_dirs: tuple[Path, ...],
+    defines: tuple[Any, ...],
+    constants: tuple[Any, ...],
+) -> Library:
     """The compiled source, kept for the session."""
-    return compile_metal(spec_source, checked=checked, include_dirs=include_dirs, defines=dict(defines))
+    return compile_metal(
+        spec_source, checked=checked, include_dirs=include_dirs, defines=dict(defines), constants=dict(constants)
+    )
 
 
 def _library(spec: KernelSpec, checked: bool) -> Library:
-    return library(spec.source, checked, spec.include_dirs, tuple(spec.defines.items()))
+    return library(spec.source, checked, spec.include_dirs, tuple(spec.defines.items()), tuple(spec.constants.items()))
 
 
 def build(wanted: Iterable[tuple[KernelSpec, MatmulCase]]) -> None:
@@ -243,17 +250,22 @@ def cases(specs: Sequence[KernelSpec], *, full: bool, seed: int) -> Iterator[tup
     loads in turn, and one checked run each. Full: everything crossed, and every residue modulo the tile.
     """
     for i, spec in enumerate(specs):
+        ragged = spec.rows[-1]
         for j, tokens in enumerate(TOKENS):
             if full:
-                combinations = [(K, M, load) for K in WIDTHS for M in ROWS for load in LOADS]
+                combinations = [(K, M, load) for K in WIDTHS for M in spec.rows for load in LOADS]
             else:
-                combinations = [(256, 70, "one"), (WIDTHS[(i + j) % 3], ROWS[j % 2], LOADS[(i + j) % 4])]
+                M = spec.rows[j % len(spec.rows)]
+                combinations = [(256, ragged, "one"), (WIDTHS[(i + j) % 3], M, LOADS[(i + j) % 4])]
             for K, M, load in dict.fromkeys(combinations):
                 yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=K, M=M, load=load, seed=seed)
         for tokens in range(1, 2 * spec.tile + 1) if full else ():
-            yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=256, M=64, load="one", seed=seed)
+            yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=256, M=spec.rows[0], load="one", seed=seed)
         for tokens in (spec.tile - 1, spec.tile + 1) if full else (33,):
-            yield spec, MatmulCase(kernel=spec.name, tokens=tokens, K=256, M=70, load="skewed", seed=seed, checked=True)
+            yield (
+                spec,
+                MatmulCase(kernel=spec.name, tokens=tokens, K=256, M=ragged, load="skewed", seed=seed, checked=True),
+            )
 
 
 def audit(

@@ -195,6 +195,7 @@ def test_scalars_are_laid_out_as_c_does() -> None:
         (('5 = "out"', ""), "out"),
         (('"q4_K"', '"q5_9"'), "q5_9"),
         (("[[kernel]]", "[[kernel]"), "moe.toml"),
+        (("tile = [", "rows = []\ntile = ["), "rows are"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(tmp_path: Path, edit: tuple[str, str], told: str) -> None:
@@ -202,6 +203,25 @@ def test_a_description_that_makes_no_sense_is_refused(tmp_path: Path, edit: tupl
     path.write_text(OWN.read_text().replace(*edit))
     with pytest.raises(ValueError, match=told):
         read_specs(path)
+
+
+def test_a_description_gives_function_constants_and_rows(tmp_path: Path) -> None:
+    call = "    mul_mm_id<Block, X, NR1>(args,"
+    kernels = (OWN.parent / "moe.metal").read_text()
+    assert kernels.count(call) == 1
+    constant = "constant bool idle [[function_constant(600)]];\n"
+    head = "template <typename Block, typename X, short NR1>\nkernel void kernel_mul_mm_id("
+    assert kernels.count(head) == 1
+    kernels = kernels.replace(head, constant + head).replace(call, "    if (idle) { return; }\n" + call)
+    (tmp_path / "moe.metal").write_text(kernels)
+    for key, idle, outcome in (("idle", "false", "pass"), ("600", "true", "fail")):
+        given = f'source = "moe.metal"\ninclude_dirs = ["{OWN.parent}"]\nconstants = {{ {key} = {idle} }}'
+        text = OWN.read_text().replace('source = "moe.metal"', given)
+        (tmp_path / "moe.toml").write_text(text.replace("tile = [", "rows = [64, 100]\ntile = ["))
+        spec = read_specs(tmp_path / "moe.toml")[0]
+        swept = list(cases([spec], full=False, seed=0))
+        assert {case.M for _, case in swept} == {64, 100}
+        assert run_case(*swept[0]).outcome == outcome
 
 
 def test_the_public_audit_refuses_what_it_does_not_know() -> None:
