@@ -16,6 +16,7 @@ from engine.metal.constants import require
 from engine.metal.declarations import Function
 from engine.metal.errors import CompileError
 from engine.metal.graphics import left_out
+from engine.metal.lockstep import keep_step
 from engine.metal.parameters import Parameter, parameters
 from engine.metal.source import (
     KernelDeclaration,
@@ -52,6 +53,7 @@ def rewrite(source: Source, kernels: Sequence[KernelDeclaration], values: Mappin
     absent = left_out(source, kernels)
     _address_spaces(source)
     swizzles(source)
+    keep_step(source)
     for function in source.scanner.found.functions:
         if is_kernel(source, function):
             source.tokens[function.start].text = "inline " + source.tokens[function.start].text

@@ -124,6 +124,11 @@ RT_INLINE RT_CONVERGENT void take(Turn turn) { switch_context(&turn.from->contex
 RT_EXPORT RT_CONVERGENT Turn arrive_at_barrier(unsigned flags);
 RT_INLINE RT_CONVERGENT void threadgroup_barrier(unsigned flags) { take(arrive_at_barrier(flags)); }
 
+// Lets every thread that is ready come as far as it can before this one goes on: lanes reach one place together, where all
+// come there. Not where a seed gives their order.
+RT_EXPORT RT_CONVERGENT Turn arrive_in_step();
+RT_INLINE RT_CONVERGENT void keep_step() { take(arrive_in_step()); }
+
 // Names an operation in reports, and says whether a missing lane makes its result undefined.
 enum Op : unsigned {
   op_reduce, op_scan, op_vote, op_broadcast_first,            // defined over whichever lanes are active

@@ -241,6 +241,15 @@ inline __attribute__((always_inline)) Turn Scheduler::barrier([[maybe_unused]] u
 
 Turn arrive_at_barrier(unsigned flags) { return scheduler->barrier(flags); }
 
+// The running thread goes behind all others that are ready.
+Turn Scheduler::step() {
+  if (launch_->seeded) return {current, current};
+  push(current->thread_index);
+  return turn();
+}
+
+Turn arrive_in_step() { return scheduler->step(); }
+
 bool Scheduler::any_lane_waits() const {
   uint32_t waiting = 0;
   for (unsigned s = 0; s < info_.simdgroup_count; s++) waiting |= simdgroups_[s].waiting;

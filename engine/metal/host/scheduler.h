@@ -62,6 +62,7 @@ class Scheduler {
   void run(uint32_t linear_threadgroup);
 
   Turn barrier(unsigned flags);
+  Turn step();
   Turn exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
   void matrix_op(uint64_t site);
   void* local(const Site& site, size_t size, size_t align, LayoutOf layout);

@@ -208,11 +208,52 @@ def test_rms_norm_of_vectors(lib: Library, name: str) -> None:
     assert np.any(out.view(np.uint32) & 0xFFFF) == ("bf16" not in name)
 
 
-def test_reliance_on_lockstep_is_a_race_at_its_line(lib: Library) -> None:
+def test_reliance_on_lockstep_is_right_and_a_race_at_its_line(lib: Library) -> None:
     out = np.empty(32, np.float32)
     run = lib["kernel_lockstep"].launch({0: out}, threadgroups=1, threads=32, threadgroup_memory={0: 128}, outputs=(0,))
+    assert out.tolist() == [sum(range(32))] * 32
     assert {fault.kind for fault in run.faults} == ({"race"} if lib.checked else set())
     if lib.checked:
         lines = SOURCE.splitlines()
-        assert {fault.kind for fault in run.faults} == {"race"}
         assert "ss[" in lines[run.faults[0].line - 1]  # type: ignore[operator]
+
+
+def test_a_seed_shows_reliance_on_lockstep(lib: Library) -> None:
+    """The lane that clears ss[0] is the last to run in one of 32 orders."""
+    right = 0
+    for seed in range(8):
+        out = np.empty(32, np.float32)
+        lib["kernel_lockstep"].launch(
+            {0: out}, threadgroups=1, threads=32, threadgroup_memory={0: 128}, outputs=(0,), schedule_seed=seed
+        )
+        right += out.tolist() == [sum(range(32))] * 32
+    assert right < 8
+
+
+STEPS = """
+#include <metal_stdlib>
+using namespace metal;
+// Sums without any barrier: each step reads what lanes of the step before wrote.
+static void halves(threadgroup float * s, ushort lane) {
+    for (ushort step = 16; step > 0; step /= 2)
+        if (lane < step)
+            s[lane] += s[lane + step];
+}
+kernel void kernel_halves(device float * x, ushort lane [[thread_index_in_simdgroup]],
+        ushort group [[simdgroup_index_in_threadgroup]], ushort i [[thread_index_in_threadgroup]]) {
+    threadgroup float s[64];
+    s[i] = x[i];
+    if (lane == 99) { s[0] = 0; }
+    else if (lane < 2) halves(s + 32 * group, lane);
+    else { halves(s + 32 * group, lane); }
+    x[i] = s[i];
+}
+"""
+
+
+def test_a_reduction_in_lockstep() -> None:
+    """Lanes come to each `if` together through two calls, of which C++ makes two loops."""
+    x = np.random.default_rng(7).standard_normal(64).astype(np.float32)
+    given = x.copy()
+    assert compile(STEPS)["kernel_halves"].launch({0: x}, threadgroups=1, threads=64).faults == ()
+    np.testing.assert_allclose(x[::32], given.reshape(2, 32).sum(1), rtol=1e-5)
