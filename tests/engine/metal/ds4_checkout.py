@@ -51,8 +51,13 @@ def library(checkout: Path, checked: bool, constants: tuple[tuple[str, object], 
 def _record(checkout: Path, name: str) -> np.dtype[Any]:
     found = re.search(rf"struct ds4_metal_(?:args_)?{name} \{{(.*?)\}};", source(checkout), re.DOTALL)
     assert found, name
-    fields = re.findall(r"^\s*(\w+)\s+(\w+);", found[1], re.MULTILINE)
-    return np.dtype([(field, _C[kind]) for kind, field in fields], align=True)
+    fields: list[tuple[str, str, tuple[int, ...]]] = []
+    for declared in re.sub(r"//.*|/\*.*?\*/", "", found[1]).split(";")[:-1]:
+        kind, _, members = declared.strip().partition(" ")
+        for member in members.split(","):
+            field, extent = re.fullmatch(r"\s*(\w+)\s*(?:\[(\d+)\])?", member).groups()  # type: ignore[union-attr]
+            fields.append((field, _C[kind], (int(extent),) if extent else ()))
+    return np.dtype(fields, align=True)
 
 
 def kargs(checkout: Path, name: str, **fields: object) -> bytes:

@@ -243,7 +243,7 @@ kernel void kernel_halves(device float * x, ushort lane [[thread_index_in_simdgr
         ushort group [[simdgroup_index_in_threadgroup]], ushort i [[thread_index_in_threadgroup]]) {
     threadgroup float s[64];
     s[i] = x[i];
-    if (lane == 99) { s[0] = 0; }
+    if (ushort n = lane; n == 99) { s[0] = lane; }
     else if (lane < 2) halves(s + 32 * group, lane);
     else { halves(s + 32 * group, lane); }
     x[i] = s[i];
