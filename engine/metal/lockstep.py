@@ -27,10 +27,10 @@ def keep_step(source: Source) -> None:
             close = source.scanner.pairs.get(at + 1)
             if source.tokens[at].was != "if" or close is None or source.scanner.word(at + 1) != "(":
                 continue
-            if (
-                _names(source, at + 2, close) & lanes
-                and _names(source, close + 1, _branches_end(source, close)) & shared
-            ):
+            condition = {token.was for token in source.tokens[at + 2 : close]}
+            branches = {token.was for token in source.tokens[close + 1 : _branches_end(source, close)]}
+            # A `;` means that a statement of its own stands there already.
+            if condition & lanes and branches & shared and ";" not in condition:
                 source.tokens[at + 1].text = "(::rt::keep_step(); "
 
 
@@ -57,10 +57,6 @@ def _threadgroup_names(source: Source, function: Function) -> set[str]:
         if source.tokens[stop - 1].kind == "name":  # else a cast
             found.add(source.tokens[stop - 1].was)
     return found
-
-
-def _names(source: Source, first: int, end: int) -> set[str]:
-    return {token.was for token in source.tokens[first:end] if token.kind == "name"}
 
 
 def _branches_end(source: Source, close: int) -> int:
