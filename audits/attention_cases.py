@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from audits import attention_masks as masks
-from audits.contract import Extra, Finding
+from audits.contract import Finding, Refusable
 from audits.domain import Case, Choice, Field, Range
 from audits.frameworks import DTYPES
 from audits.rows import judge_rows
@@ -75,13 +75,13 @@ FIELDS: dict[str, Field] = {
 }
 
 
-EXTRAS = (
-    Extra(
+REFUSABLE = (
+    Refusable(
         name='"causal" with more queries than keys',
         case={"mask": "causal", "L": 3, "S": 2},
         covers=lambda case: case["mask"] == "causal" and case["L"] > case["S"],
     ),
-    Extra(
+    Refusable(
         name="head sizes but 32, 64, 80, 96, 128 and 256",
         case={"D": 72, "Dv": "D"},
         covers=lambda case: not {case["D"], value_size(case)} <= {32, 64, 80, 96, 128, 256},

@@ -90,15 +90,20 @@ class Relation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Extra:
-    """A part of a domain that honest code need not take: whoever raises on `case` is not asked for what it `covers`.
-
-    What it gives there, if it does, is judged like everything else.
+class Refusable:
+    """A part of a domain that honest code need not take: whoever raises on the plainest case with the fields of `case`
+    is not asked, in that dtype, for what it `covers`. What it gives there, if it does, is judged like everything else.
     """
 
     name: str
     case: Case
     covers: Callable[[Case], bool]
+
+    @classmethod
+    def setting(cls, **fields: Any) -> Refusable:
+        """The cases that have these fields."""
+        told = ", ".join(f"{name}={value}" for name, value in fields.items())
+        return cls(name=told, case=fields, covers=lambda case: all(case[name] == fields[name] for name in fields))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +116,7 @@ class Contract:
     corpus(full): the boundary cases, always run. build: a case's operands. judge: what is wrong with outputs, by
     the bound of an arithmetic. claims: the arithmetic of an honest candidate for each input dtype. forms: ways in which
     candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
-    used. extras: parts of the domain that a candidate may refuse. settled: fields that the candidate itself settles,
+    used. refusable: parts of the domain that a candidate may refuse. settled: fields that the candidate itself settles,
     such as a decoder's vocabulary. outputs: how many arrays it returns. words: whether None or a name may stand for
     one. dtype_key: cases of one key have outputs of the same dtypes.
     """
@@ -128,7 +133,7 @@ class Contract:
     valid: Callable[[Case], bool] = lambda case: True
     claims: Callable[[str], Mapping[str, str]] = lambda dtype: default_claims(dtype)
     forms: Sequence[Case] = ({},)
-    extras: Sequence[Extra] = ()
+    refusable: Sequence[Refusable] = ()
     settled: Callable[[Candidate], Case] = lambda candidate: {}
     outputs: Sequence[int] = (1,)
     words: bool = False

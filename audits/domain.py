@@ -134,3 +134,15 @@ def residues(modulus: int, count: int, seed: int, *, start: int = 1) -> list[lis
     """
     rng = np.random.default_rng([seed, modulus])
     return [[start + int(i) for i in rng.permutation(modulus)] for _ in range(count)]
+
+
+def turn(i: int, count: int, seed: int) -> int:
+    """Which of `count` things has its turn at place i: the sum of i's digits in base `count`, which has no period.
+
+    A corpus takes its other options in turn too; i % count would always pair the same dtype with the same option.
+    """
+    total = seed
+    while i and count > 1:
+        i, digit = divmod(i, count)
+        total += digit
+    return total % count

@@ -19,6 +19,7 @@ import gguf
 import numpy as np
 import torch
 
+from audits.blocks import random_blocks
 from audits.kernel_spec import FORMATS, RHS, KernelSpec, read_specs
 from audits.verdict import Verdict
 from engine.metal.library import Library
@@ -98,27 +99,14 @@ def expert_pairs(ids: Array, experts: int) -> tuple[Array, Array]:
     return counts, pairs
 
 
-def random_blocks(kind: str, shape: tuple[int, ...], K: int, rng: np.random.Generator) -> Array:
-    """Random blocks [*shape, bytes] of a format: every code and sub-scale varies, the half scales are finite and near
-    1e-2.
-    """
-    _, elements, size = FORMATS[kind]
-    if kind == "f16":
-        return rng.standard_normal((*shape, K)).astype(np.float16).view(np.uint8)
-    blocks = rng.integers(0, 256, (*shape, K // elements, size), dtype=np.uint8)
-    # Where the half-precision scales lie in a block (llama.cpp, ggml-common.h).
-    for offset in {"q8_0": (0,), "q4_K": (0, 2), "q2_K": (80, 82), "iq2_xxs": (0,)}[kind]:
-        scales = (rng.uniform(0.5, 1.5, blocks.shape[:-1]) * 1e-2).astype(np.float16)
-        blocks[..., offset : offset + 2] = scales[..., None].view(np.uint8)
-    return blocks.reshape(*shape, -1)
-
-
 @lru_cache(maxsize=8)
 def _weights(kind: str, experts: int, M: int, K: int, seed: int) -> tuple[Array, Array]:
     """Blocks and the half-rounded values that they decode to, float64 [E,M,K]; kept, as cases share them."""
-    blocks = random_blocks(kind, (experts, M), K, np.random.default_rng([seed, experts, M, K]))
+    rng = np.random.default_rng([seed, experts, M, K])
     if kind == "f16":
-        return blocks, blocks.view(np.float16).reshape(experts, M, K).astype(np.float64)
+        values = rng.standard_normal((experts, M, K)).astype(np.float16)
+        return values.view(np.uint8), values.astype(np.float64)
+    blocks = random_blocks(FORMATS[kind][0], (experts, M), K, rng)
     decoded = gguf.dequantize(blocks, gguf.GGMLQuantizationType[FORMATS[kind][0]])
     return blocks, decoded.reshape(experts, M, K).astype(np.float16).astype(np.float64)
 

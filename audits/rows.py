@@ -15,6 +15,9 @@ from audits.judge import unjudged_tokens
 from reference.bounds import Bounded
 
 Array = np.ndarray[Any, np.dtype[Any]]
+# A sum of 64 normal terms in float16 cancels to less than its bound once or twice in a hundred; this many of them do so
+# together about once in 10⁵.
+FEW = 3
 
 
 def judge_rows(actual: Array, expected: Bounded, *, name: str = "output", check: str = "values") -> Finding | None:
@@ -72,8 +75,9 @@ def _describe(values: Array, exact: Array, bound: Array, error: Array, wrong: Ar
 
 
 def _says_nothing(exact: Array, bound: Array) -> bool:
-    if exact.size == 0:
-        return True
+    """Whether the bound is wider than the values in every row; one or two of them may just have cancelled."""
+    if exact.size < FEW:
+        return exact.size == 0
     flat, allowed = exact.reshape(-1, exact.shape[-1]), bound.reshape(-1, exact.shape[-1])
     return len(unjudged_tokens(flat, allowed)) == len(flat)
 

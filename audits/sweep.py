@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import seed as seeded
 
 from audits.candidate import Candidate, CandidateError, ChangedInput
-from audits.contract import Call, Contract, Extra, Finding, Outputs, Relation, Run
-from audits.domain import Case, filled, shrink, strategy
+from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation, Run
+from audits.domain import Case, filled, shrink, strategy, turn
 from audits.errors import CannotJudge, DeviceLost
 from audits.frameworks import DTYPES, LAYOUTS, differs
 from audits.outputs import NO_ARRAY, digest_of, malformed
@@ -71,7 +71,8 @@ class Sweep:
     lacking: tuple[str, ...] = ()
     form: Case = field(default_factory=dict)
     taken: list[str] = field(default_factory=list)
-    refused: list[Extra] = field(default_factory=list)
+    refused: list[tuple[str, Refusable]] = field(default_factory=list)
+    doubtful: list[tuple[Case, str]] = field(default_factory=list)
     shrunk: set[str] = field(default_factory=set)
     output_dtypes: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -93,9 +94,10 @@ class Sweep:
             yield self._verdict("skipped", {}, f"{self.contract.name} has no {', '.join(left_out)}")
         if not wanted:
             return
-        found = (f for f in self.contract.forms if any(self._takes(f, dtype) for dtype in wanted))
-        form = next(found, self.contract.forms[0])
-        if form != self.contract.forms[0]:
+        forms = self.contract.forms
+        found = (f for f in forms if len(forms) == 1 or any(not self._refuses(dtype, f) for dtype in wanted))
+        form = next(found, forms[0])
+        if form != forms[0]:
             self.form = {**self.form, **form}
             told = ", ".join(f"{name}={value}" for name, value in form.items())
             yield self._verdict("skipped", {}, f"the candidate takes its operands with {told} alone")
@@ -112,10 +114,9 @@ class Sweep:
         if not self.taken:
             yield self._fails_everywhere(wanted[0])
             return
-        for extra in self.contract.extras:
-            if reason := self._refuses(self.taken[0], extra.case):
-                self.refused.append(extra)
-                yield self._verdict("skipped", {}, f"{extra.name} is left out: the candidate {reason}")
+        yield from self._find_refused()
+        # A first call that was wrong where later ones are right is seen here or never.
+        yield from (self._at_times(case) for case, check in self.doubtful if not self._fails(case, check))
         for case in self._cases(self.taken, full=full, seed=seed):
             advance(f"{self.contract.name} {case['dtype']} {case['relation'] or 'values'}")
             try:
@@ -137,32 +138,40 @@ class Sweep:
             raise ValueError(f"{self.contract.name} has no dtype {unknown[0]!r}; there is {', '.join(known)}")
         return [d for d in dict.fromkeys(self.candidate.dtypes) if d in known] if self.candidate.dtypes else known
 
-    def _refuses(self, dtype: str, changed: Case | None = None) -> str:
-        """What the candidate raises on the plainest case of `dtype`, with some fields `changed`, or ""."""
-        case = filled(self.contract.domain, {**self._plainest, **(changed or {}), **self.form, "dtype": dtype})
-        if self._needs_what_lacks(case):
-            return ""
-        try:
-            self._outputs(case)
-        except ChangedInput:
-            return ""
-        except CandidateError as error:
-            return str(error)
-        return ""
+    def _find_refused(self) -> Iterator[Verdict]:
+        """A verdict for each part of the domain that the candidate refuses in a dtype; what needs an argument that it
+        lacks is left out anyway.
+        """
+        for part in self.contract.refusable:
+            for dtype in self.taken:
+                if self._needs_what_lacks(self._plain(dtype, part.case)):
+                    continue
+                if reason := self._refuses(dtype, part.case):
+                    self.refused.append((dtype, part))
+                    told = f"{part.name} is left out in {dtype}: the candidate {reason}"
+                    yield self._verdict("skipped", {"dtype": dtype}, told)
 
-    def _takes(self, form: Case, dtype: str) -> bool:
-        """Whether the candidate takes the plainest case in this form without raising."""
+    def _plain(self, dtype: str, changed: Case | None = None) -> dict[str, Any]:
+        """The plainest case of `dtype`, with some fields `changed`."""
+        plain = {**self._plainest, **self.form, **(changed or {}), "dtype": dtype}
+        return {**filled(self.contract.domain, plain), "relation": VALUES}
+
+    def _refuses(self, dtype: str, setting: Case | None = None) -> str:
+        """What the candidate raises on the plainest case of `dtype`, with a setting if there is one, or ""."""
+        case = self._plain(dtype, setting)
         try:
-            self._outputs(filled(self.contract.domain, {**self._plainest, **self.form, **form, "dtype": dtype}))
-        except ChangedInput:
-            return True
-        except CandidateError:
-            return False
-        return True
+            finding, _ = self._check(case)
+        except CannotJudge:
+            return ""
+        if finding is not None and finding.check == "raises":
+            return finding.message
+        if finding is not None:
+            self.doubtful.append((case, finding.check))
+        return ""
 
     def _fails_everywhere(self, dtype: str) -> Verdict:
         """The verdict of a candidate that raises on the plainest case of every dtype: that of the first such case."""
-        case = {**filled(self.contract.domain, {**self._plainest, **self.form, "dtype": dtype}), "relation": VALUES}
+        case = self._plain(dtype)
         verdict = self.verdict(case)
         return verdict if verdict.outcome == "fail" else self._at_times(case)
 
@@ -174,7 +183,7 @@ class Sweep:
             key = repr(sorted(case.items(), key=str))
             if key in seen or not self.contract.valid(case) or self._needs_what_lacks(case):
                 continue
-            if not self.applies(case) or case["layout"] not in self.candidate.layouts or self._refused(case):
+            if not self.applies(case) or case["layout"] not in self.candidate.layouts or self._has_refused(case):
                 continue
             seen.add(key)
             yield case
@@ -189,12 +198,14 @@ class Sweep:
                 if dtype == dtypes[0]:
                     # Other data than this base has had so far, or what a candidate has kept of it would be right.
                     other = {**plain, "seed": (plain["seed"] + 1) % 8}
-                    before = (j for j in range(len(bases)) if self._possible(filled(domain, bases[j])))
+                    before = (
+                        j for j, one in enumerate(bases) if self._possible({**filled(domain, one), "dtype": dtype})
+                    )
                     yield from ({**other, "relation": f"{PAIR}{j}"} for j in before)
                 if full or i == 0 or dtype == dtypes[0]:
                     yield from self._layouts(plain)
         for i, part in enumerate(self.contract.corpus(full)):
-            chosen = (part["dtype"],) if "dtype" in part else dtypes if full else (_in_turn(dtypes, i + seed),)
+            chosen = (part["dtype"],) if "dtype" in part else dtypes if full else (dtypes[turn(i, len(dtypes), seed)],)
             fields = {name: value for name, value in part.items() if name != "relation"}
             for dtype in (d for d in chosen if d in dtypes):
                 case = filled(domain, {"dtype": dtype, "seed": (seed + i) % 8, **fields})
@@ -241,9 +252,6 @@ class Sweep:
     def _needs_what_lacks(self, case: Case) -> bool:
         return bool(self.lacking) and bool(set(self.lacking) & self.contract.build(case).args.keys())
 
-    def _refused(self, case: Case) -> bool:
-        return any(extra.covers(case) for extra in self.refused)
-
     def verdict(self, case: Case) -> Verdict:
         """Judge one case; the first failure of each check is shrunk."""
         try:
@@ -287,8 +295,12 @@ class Sweep:
 
     def _possible(self, case: Case) -> bool:
         """Whether a case, smaller than one that failed, means something for the candidate."""
-        known = (not self.taken or case["dtype"] in self.taken) and not self._refused(case)
-        return known and self.contract.valid(case) and not self._needs_what_lacks(case) and self.applies(case)
+        known = not self.taken or case["dtype"] in self.taken
+        possible = self.contract.valid(case) and not self._needs_what_lacks(case) and self.applies(case)
+        return known and possible and not self._has_refused(case)
+
+    def _has_refused(self, case: Case) -> bool:
+        return any(case["dtype"] == dtype and part.covers(case) for dtype, part in self.refused)
 
     def applies(self, case: Case) -> bool:
         """Whether the relation of a case means something for it, and for the candidate."""
@@ -380,18 +392,6 @@ class Sweep:
             recorded["claims"] = dict(claims)
         recorded |= case
         return Verdict(outcome=outcome, audit=self.contract.name, case=recorded, message=message, evidence=evidence)
-
-
-def _in_turn(dtypes: Sequence[str], i: int) -> str:
-    """The dtype of case i, whose digits to base 3 are added up.
-
-    i modulo 3 would give each of three masks, or six kinds of values, that a corpus takes in turn the same one always.
-    """
-    total = 0
-    while i:
-        i, digit = divmod(i, 3)
-        total += digit
-    return dtypes[total % len(dtypes)]
 
 
 def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) -> Verdict:

@@ -10,10 +10,12 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from engine import layers, sampling
 from engine import router as routing
 from engine import sdpa as attention
+from engine.kquants import dequantize
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -103,8 +105,14 @@ def quantize(w: mx.array, *, group_size: int, bits: int) -> tuple[mx.array, mx.a
 
 
 @any_layout
-def moe_matmul(x: mx.array, w: mx.array, ids: mx.array) -> mx.array:
-    """x [T, K], w [E, M, K], ids [T, k] -> [T, k, M]: each token times the matrices of its experts."""
+def moe_matmul(x: mx.array, w: mx.array, ids: mx.array, *, format: str | None = None) -> mx.array:
+    """x [T, K], w [E, M, K] or blocks uint8 of a `format` of kquants, ids [T, k] -> [T, k, M]: each token times the
+    matrices of its experts.
+
+    Blocks are decoded first, as they are when a checkpoint is read.
+    """
+    if format is not None:
+        w = mx.array(dequantize(np.array(w), format)).astype(x.dtype)
     stack = w.astype(mx.float32) if mx.default_device() == mx.Device(mx.cpu) else w
     y = layers.gather_mm(x[:, None, None, :], stack.swapaxes(-1, -2), ids, in_order=False)
     return y.squeeze(-2)

@@ -14,8 +14,8 @@ from engine.config import Config
 # Lower limits of the sum that weights are divided by, in the published routers: DeepSeek V4's and V3's.
 _SQRTSOFTPLUS_FLOOR = 6.1e-5
 _SIGMOID_EPS = 1e-20
-# Room for an expert id below the score in one sort key; `config` refuses more experts than that.
-_ID_RANGE = 1 << 16
+# Room below the score in one sort key for an id: any int32, as top_k ranks vocabularies too.
+_ID_RANGE = 1 << 31
 
 
 def route(logits: mx.array, bias: mx.array | None, config: Config) -> tuple[mx.array, mx.array]:

@@ -15,6 +15,7 @@ from audits.relations import permuted_rows
 from audits.rows import judge_rows
 from reference import bounds
 from reference.arithmetic import Arithmetic
+from reference.bounds import Bounded
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # random: ids drawn with repeats. once: each id once. one id: the same throughout. empty: no token yet. padded: rows of
@@ -27,6 +28,8 @@ def build(case: Case) -> Call:
     rng = np.random.default_rng([case["seed"], V, T])
     logits = 4 * rng.standard_normal((B, V)) + case["shift"]
     logits[:, 0] = 0.0
+    if case["masked"]:  # ids that a grammar forbids
+        logits[:, 1::3] = -np.inf
     history = _history(case["history"], (B, T), V, rng)
     args = {"logits": logits.astype(DTYPES[case["dtype"]]), "history": history.astype(np.int32)}
     if not case["batched"]:
@@ -38,7 +41,9 @@ def _history(kind: str, shape: tuple[int, int], V: int, rng: np.random.Generator
     B, T = shape
     if kind == "empty":
         return np.zeros((B, 0), dtype=np.int64)
-    drawn = rng.integers(0, max(1, V // 2), shape)
+    # Some ids only, so that they repeat: the first, the last, and others from everywhere between.
+    some = np.append(rng.permutation(V)[: max(1, T // 2)], [0, V - 1])
+    drawn = rng.choice(some, shape)
     if kind == "once":
         return np.stack([rng.permutation(V)[: min(T, V)] for _ in range(B)])
     if kind == "one id":
@@ -61,8 +66,20 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
     logits, history = call.args["logits"], call.args["history"]
     penalty = {name: call.args[name] for name in ("repetition", "presence", "frequency")}
     occurred = torch.from_numpy(counts(history, logits.shape[-1]).astype(np.float64))
-    exact = torch.from_numpy(logits.astype(np.float64))
-    return judge_rows(outputs[0], bounds.penalties(exact, occurred, **penalty, arith=arithmetic))
+    exact = logits.astype(np.float64)
+    # Minus infinity stays what it is, whatever is done to it; the rest is judged as if zeros stood there.
+    masked, actual = np.isneginf(exact), outputs[0]
+    if actual.shape == exact.shape:
+        actual = np.where(masked & np.isneginf(actual.astype(np.float64)), np.zeros((), actual.dtype), actual)
+    allowed = bounds.penalties(torch.from_numpy(exact), occurred, **penalty, arith=arithmetic)
+    return judge_rows(actual, _without(allowed, torch.from_numpy(masked)))
+
+
+def _without(allowed: Bounded, masked: torch.Tensor) -> Bounded:
+    """The same with an exact zero where `masked`."""
+    parts = (allowed.expected, allowed.bound, allowed.likely)
+    expected, bound, likely = (part.masked_fill(masked, 0.0) for part in parts)
+    return Bounded(expected=expected, bound=bound, likely=likely)
 
 
 def corpus(full: bool) -> Iterator[Case]:
@@ -79,8 +96,14 @@ def corpus(full: bool) -> Iterator[Case]:
             penalty = {"repetition": repetition, "presence": presence, "frequency": frequency}
             yield {"history": history, "B": 1 + (i + j) % 3, "V": 16, "T": 13, **penalty}
             yield {"history": history, "V": 40, "T": 7, "shift": -20.0 if j % 2 else 20.0, **penalty}
+            yield {"history": history, "V": 21, "T": 9, "masked": True, **penalty}
     for V in (1, 2, 31, 32, 33, 127, 128, 129, 255, 257, 1024, 4097, 32769):
         yield {"V": V, "T": min(V, 70), "repetition": 1.3, "presence": 0.4, "frequency": 0.25}
+    for B in (4, 5, 9, 33):
+        yield {"B": B, "V": 20, "T": 6, "history": HISTORIES[B % 2 * 4]}
+    for T in (127, 128, 129, 255, 256, 257, 511, 513, 1025, 4097):
+        yield {"V": 33, "T": T, "history": "one id" if T % 2 else "random", "repetition": 1.1, "frequency": 0.125}
+    yield {"V": 70001, "T": 40}
     for T in range(1, 300 if full else 66):
         yield {"V": 33, "T": T, "repetition": 1.1, "presence": 0.5, "frequency": 0.125}
 
@@ -107,12 +130,14 @@ CONTRACT = Contract(
         "presence": Choice((0.4, 0.0, -0.3)),
         "frequency": Choice((0.25, 0.0)),
         "shift": Choice((0.0, -20.0, 20.0)),
+        "masked": Choice((False, True)),
         "batched": Choice((True, False)),
     },
     bases=[
         {"V": 33, "T": 13},
         {"V": 33, "T": 13, "history": "padded"},
         {"V": 33, "T": 13, "repetition": 1.0},
+        {"V": 33, "T": 13, "masked": True},
         {"V": 33, "T": 13, "presence": 0.0, "frequency": 0.0},
     ],
     corpus=corpus,

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
 
 from audits import affine
-from audits.contract import Call, Contract, Finding, Outputs, Relation, Run
+from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation, Run
 from audits.domain import Case, Choice, Range
 from audits.frameworks import DTYPES
 from audits.values import draw
 from reference.arithmetic import UNIT_ROUNDOFF, Arithmetic
 
 Array = np.ndarray[Any, np.dtype[Any]]
+BITS = (*affine.BITS, 5)
 KINDS = ("normal", "large", "small", "positive", "negative", "constant", "zero", "outlier", "ties", "steps")
 # A step is (max − min)/n, n = 2^bits − 1. Rounding to the nearest code costs half of one. MLX changes the scale so that
 # zero is a code: scale = edge/q with q = round(edge/step), edge the end of larger magnitude, so q ≥ n/2 and the n codes
@@ -90,11 +92,15 @@ def _judge_codes(w: Array, words: Array, scales: Array, biases: Array, bits: int
 
 def corpus(full: bool) -> Iterator[Case]:
     for i, kind in enumerate(KINDS):
-        for j, bits in enumerate(affine.BITS):
+        for j, bits in enumerate(BITS):
             for group in affine.GROUPS if full else (affine.GROUPS[(i + j) % 3],):
                 yield {"rows": 1 + (i + j) % 5, "groups": 1 + j % 3, "bits": bits, "group_size": group, "values": kind}
-    for rows in (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 65, 128, 129):
+    for rows in (1, 2, 3, 7, 8, 9, 31, 32, 33, 64, 65, 128, 129, 257, 1025):
         yield {"rows": rows, "groups": 1 + rows % 5, "values": "steps"}
+    for groups in (16, 31, 33, 64, 65, 129):
+        yield {"rows": 2, "groups": groups, "group_size": 32, "bits": BITS[groups % len(BITS)]}
+    for i, (bits, group, dtype) in enumerate(product(BITS, affine.GROUPS, DTYPES)):
+        yield {"rows": 3, "bits": bits, "group_size": group, "dtype": dtype, "values": KINDS[i % 2]}
 
 
 def _alone(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
@@ -119,12 +125,13 @@ CONTRACT = Contract(
         "rows": Range(1, 9),
         "groups": Range(1, 4),
         "group_size": Choice(affine.GROUPS),
-        "bits": Choice(affine.BITS),
+        "bits": Choice(BITS),
         "values": Choice(KINDS),
     },
     bases=[{"rows": 3, "groups": 2}, {"rows": 3, "groups": 2, "bits": 8}, {"rows": 3, "groups": 2, "bits": 3}],
     corpus=corpus,
     build=build,
+    refusable=[Refusable.setting(bits=5)],
     judge=judge,
     outputs=(3,),
     relations=[Relation(name="batch equals alone", check=_alone, applies=lambda case: case["rows"] > 1)],

@@ -12,7 +12,7 @@ from audits import attention_cases as cases
 from audits import attention_corpus as shared
 from audits.attention_masks import mask_of
 from audits.attention_relations import Attention, relations
-from audits.contract import Call, Contract, Extra, Finding, Outputs
+from audits.contract import Call, Contract, Finding, Outputs, Refusable
 from audits.domain import Case, Choice
 from audits.frameworks import DTYPES
 from reference.arithmetic import Arithmetic
@@ -139,10 +139,6 @@ def corpus(full: bool) -> Iterator[Case]:
                 yield {"D": D, "L": L, "S": 9, "bits": bits, "group_size": group, "r": 1 + i % 2, "Hkv": 2, "B": 2}
 
 
-def _across(bits: int) -> Extra:
-    return Extra(name=f"{bits} bits", case={"bits": bits}, covers=lambda case: case["bits"] == bits)
-
-
 def _bases() -> Iterator[Case]:
     for i, base in enumerate(shared.BASES):
         scale = 0.3 if base.get("scale") else "rsqrt"
@@ -170,14 +166,14 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     valid=valid,
-    extras=(
-        cases.EXTRAS[0],
-        Extra(
+    refusable=(
+        cases.REFUSABLE[0],
+        Refusable(
             name="head sizes but 64, 128 and 256",
             case={"D": 192, "Dv": "D"},
             covers=lambda case: not {case["D"], cases.value_size(case)} <= set(SIZES),
         ),
-        *(_across(bits) for bits in ACROSS),
+        *(Refusable.setting(bits=bits) for bits in ACROSS),
     ),
     relations=list(
         relations(

@@ -38,11 +38,18 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
 
 def corpus(full: bool) -> Iterator[Case]:
     for D in range(1, 300 if full else 130):
-        yield {"rows": 2, "D": D, "values": KINDS[D % len(KINDS)], "eps": EPS[D % len(EPS)]}
+        yield {"rows": 2, "D": D, "values": KINDS[D % len(KINDS)], "eps": EPS[D // len(KINDS) % len(EPS)]}
     for D in (255, 256, 257, 511, 512, 513, 4095, 4096, 4097, 8192, 32769):
         yield {"rows": 2, "D": D, "values": "wide" if D % 2 else "normal"}
+    # Models' widths, each with its own count of turns of a loop over blocks of 256, 512, 1024 or 4096.
+    for D in (640, 768, 896, 1000, 1024, 1025, 1536, 2048, 2049, 2304, 2880, 3072, 3584, 5120, 6144, 7168):
+        yield {"rows": 3, "D": D, "values": "steps" if D % 512 else "normal"}
+    for i, kind in enumerate(("small", "small", "small", "zero rows")):
+        yield {"rows": 3, "D": 96 + 33 * i, "values": kind, "eps": 1e-6}
     for rows in (1, 2, 31, 32, 33, 64, 65, 129):
         yield {"rows": rows, "D": 33, "values": "steps"}
+    for rows in (257, 513, 1025, 4097, 65537):
+        yield {"rows": rows, "D": 5 if rows < 5000 else 2, "values": "steps"}
 
 
 def _every_element(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:

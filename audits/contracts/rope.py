@@ -19,9 +19,9 @@ from reference.bounds import Bounded
 
 KINDS = ("normal", "large", "wide", "steps")
 # Head sizes, and how many of their dims are rotated (half of them in the partial case).
-SIZES = (64, 32, 80, 96, 128, 6, 2)
+SIZES = (64, 32, 80, 96, 128, 6, 2, 112, 192, 256, 512)
 # bfloat16 holds no whole number above 256 exactly: positions beyond it show angles computed in the input's dtype.
-OFFSETS = (0, 1, 7, 255, 257, 1000, 4000, 32767, 32768, 65537, 100003)
+OFFSETS = (0, 1, 7, 255, 257, 1000, 4000, 32767, 32768, 65537, 100003, 131071, 262147)
 
 
 def build(case: Case) -> Call:
@@ -75,6 +75,21 @@ def corpus(full: bool) -> Iterator[Case]:
         for L in (1, 2, 5):
             yield {"B": B, "H": H, "L": L, "offset": 11, "scale": 0.5 if L == 2 else 1.0}
 
+    for i, H in enumerate((4, 5, 6, 7, 8, 9, 16, 33)):  # kernels take several heads a thread
+        yield {
+            "B": 1 + i % 3,
+            "H": H,
+            "L": 1 + 4 * (i // 3 % 2),
+            "D": SIZES[i],
+            "offset": 19,
+            "traditional": i % 4 == 3,
+        }
+        yield {"B": 2, "H": H, "L": 1, "D": 16, "offset": 3}
+    for B in (4, 5, 9, 33):
+        yield {"B": B, "H": 2, "L": 1 + B % 2, "D": 8, "offset": 5}
+    for i, L in enumerate((255, 256, 257, 513, 1025, 4097)):
+        yield {"L": L, "H": 1, "D": 6, "offset": 11, "traditional": bool(i % 2)}
+
 
 def _later(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
     """The last token alone, at its own position, is what it was among the others."""
@@ -93,8 +108,8 @@ CONTRACT = Contract(
         "traditional: pairs (2j, 2j+1), else (j, j + dims/2). Angles are never rounded to the inputs' dtype."
     ),
     fields={
-        "B": Choice((1, 2, 3)),
-        "H": Choice((2, 1, 3)),
+        "B": Choice((1, 2, 3, 5)),
+        "H": Choice((2, 1, 3, 4, 5, 8)),
         "L": Range(1, 40),
         "D": Choice(SIZES),
         "partial": Choice((False, True)),

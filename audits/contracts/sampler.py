@@ -16,7 +16,7 @@ import torch
 from audits.contract import Call, Contract, Finding, Outputs, Relation, Run
 from audits.domain import Case, Choice, Range
 from audits.frameworks import DTYPES
-from reference.arithmetic import Arithmetic
+from reference.arithmetic import UNIT_ROUNDOFF, Arithmetic
 
 Array = np.ndarray[Any, np.dtype[Any]]
 # Rows of a batch take turns with these, so that a threshold taken over the whole batch shows.
@@ -24,8 +24,12 @@ KINDS = ("normal", "flat", "peaked", "masked", "shifted", "ties")
 DRAWS = 6  # calls with a key of their own, for the distribution
 # A fixed key gives a fixed statistic; one honest sampler in 10⁷ would fail a given case.
 CHANCE = 1e-7
+# What is due so often is not drawn at all once in 5·10⁸.
+NEVER = 20
 # Thresholds are compared with rounded probabilities: a token this close to one may be kept or not.
 NEAR = 2e-2
+# Two probabilities rounded to bfloat16, each from a logit and a sum that were, may come out in the wrong order.
+ALIKE = 4 * 2.0**-8
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
 
 
@@ -46,6 +50,8 @@ def key(seed: int, i: int) -> Array:
 
 def _row(kind: str, V: int, rng: np.random.Generator) -> Array:
     x = 1.5 * rng.standard_normal(V)
+    if kind == "normal":
+        x[[0, -1]] += 2  # where a search or a sum goes wrong by one
     if kind == "flat":
         return x * 0.05
     if kind == "peaked":
@@ -75,12 +81,16 @@ def allowed(logits: Array, options: dict[str, Any], tempered: bool) -> tuple[Arr
         active += 1
         edge = np.sort(p)[::-1][options["top_k"] - 1]
         sure &= p > edge * (1 + NEAR)
-        maybe &= p >= edge * (1 - NEAR)
+        # Logits over a temperature, rounded to their dtype, tie with the next ones.
+        last = np.sort(logits)[::-1][options["top_k"] - 1]
+        maybe &= (p >= edge * (1 - NEAR)) | (logits >= last - options["near"] * abs(last))
     if 0 < options["top_p"] < 1:
         active += 1
         mass = np.sort(p)[::-1].cumsum()
-        # A token is kept if the mass before it is less than p; among equals it may be the first or the last.
-        more, as_much = (np.searchsorted(np.sort(-p), -p, side=side) for side in ("left", "right"))
+        # A token is kept if the mass before it is less than p; among those as likely, up to the rounding of a
+        # probability in half precision, it may be the first or the last.
+        more = np.searchsorted(np.sort(-p), -p * (1 + ALIKE), side="left")
+        as_much = np.searchsorted(np.sort(-p), -p * (1 - ALIKE), side="right")
         before = np.append(0.0, mass)
         sure &= before[as_much - 1] < options["top_p"] - NEAR
         maybe &= before[more] < options["top_p"] + NEAR
@@ -99,7 +109,9 @@ def _softmax(x: Array) -> Array:
 
 
 def _options(call: Call) -> dict[str, Any]:
-    return {name: call.args.get(name, off) for name, off in OFF.items()}
+    options = {name: call.args.get(name, off) for name, off in OFF.items()}
+    dtype = str(call.args["logits"].dtype)
+    return {**options, "near": 0.0 if dtype == "float32" else 4 * UNIT_ROUNDOFF[dtype]}
 
 
 def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | None:
@@ -126,7 +138,10 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
 
 
 def _spoken(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in options.items() if value != OFF[name]) or "a logit of -inf"
+    return (
+        ", ".join(f"{name}={value}" for name, value in options.items() if value != OFF.get(name, value))
+        or "a logit of -inf"
+    )
 
 
 def _distribution(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
@@ -141,8 +156,12 @@ def _distribution(run: Run, call: Call, outputs: Outputs, case: Case) -> str | N
     for row in range(min(3, rows)):
         x = call.args["logits"][row].astype(np.float64)
         mine = np.stack([part[row * each : (row + 1) * each] for part in drawn])
-        if (mine == mine[0]).all() and min(len(np.flatnonzero(s)) for s in _sure(x, options)) > 1:
+        if len(np.unique(mine, axis=0)) < DRAWS and min(len(np.flatnonzero(s)) for s in _sure(x, options)) > 1:
             return f"row {row}: other keys give the same {each} draws"
+        if (missing := _never(mine, x, options)) is not None:
+            return f"row {row}: id {missing} is never drawn, though it is likely"
+        if lag := _shared(mine):
+            return f"row {row}: rows {lag} apart agree too often: they share their random numbers"
         chances = [_chance(mine.reshape(-1), x, options, tempered) for tempered in (False, True)]
         if max(chances) < CHANCE:
             return (
@@ -150,6 +169,31 @@ def _distribution(run: Run, call: Call, outputs: Outputs, case: Case) -> str | N
                 f" (chance {max(chances):.1g})"
             )
     return None
+
+
+def _never(draws: Array, logits: Array, options: dict[str, Any]) -> int | None:
+    """An id that is surely kept and due NEVER times or more, but not among the draws."""
+    counted = np.bincount(draws.reshape(-1), minlength=len(logits))
+    missing = counted == 0
+    for tempered in (False, True):
+        sure, maybe = allowed(logits, options, tempered)
+        due = draws.size * _softmax(np.where(maybe, logits / options["temperature"], -np.inf))
+        missing &= sure & (due > NEVER)
+    return int(missing.argmax()) if missing.any() else None
+
+
+def _shared(draws: Array) -> int:
+    """The first distance at which draws [calls, rows] of equal rows agree more often than independent ones do, or 0.
+
+    Two draws agree with the chance Σp², p as they were drawn: 7 standard deviations above it are one in 10¹¹.
+    """
+    p = np.bincount(draws.reshape(-1)) / draws.size
+    alike = float((p * p).sum())
+    for lag in range(1, draws.shape[1] // 2 + 1):
+        agreed = draws[:, lag:] == draws[:, :-lag]
+        if agreed.mean() > alike + 7 * np.sqrt(alike * (1 - alike) / agreed.size) + 1e-9:
+            return lag
+    return 0
 
 
 def _sure(logits: Array, options: dict[str, Any]) -> list[Array]:
@@ -162,7 +206,8 @@ def _chance(ids: Array, logits: Array, options: dict[str, Any], tempered: bool) 
     """How likely draws are at least as uneven as these, if they follow the filtered softmax."""
     sure, maybe = allowed(logits, options, tempered)
     best = 0.0
-    for kept in _between(sure, maybe, logits):
+    drawn = np.bincount(ids, minlength=len(logits)) > 0
+    for kept in (*_between(sure, maybe, logits), sure | (maybe & drawn)):
         p = _softmax(np.where(kept, logits / (options["temperature"] or 1.0), -np.inf))
         best = max(best, _chi_square(np.bincount(ids, minlength=len(p)), p))
     return best
@@ -207,6 +252,11 @@ def corpus(full: bool) -> Iterator[Case]:
         {"top_k": 4, "top_p": 0.8, "min_p": 0.02},
         {"temperature": 1.7, "top_p": 0.6},
         {"temperature": 0.3, "top_k": 3},
+        # What top_k leaves has not the mass that top_p asks for; and nearly greedy.
+        {"top_k": 1, "top_p": 0.8},
+        {"top_k": 2, "top_p": 0.6},
+        {"temperature": 0.01, "dtype": "float32"},
+        {"temperature": 0.01, "top_k": 3, "min_p": 0.1, "dtype": "float32"},
     ]
     for i, options in enumerate(settings):
         for V in (1, 2, 16, 33, 128, 257, 1025) if full or i % 2 else (2, 16, 129, 1000):
@@ -215,7 +265,9 @@ def corpus(full: bool) -> Iterator[Case]:
         yield {"V": 40, "B": 24, "start": i, **options}
     for start, temperature in ((2, 1.0), (3, 1.5)):  # no filter that would hide what a mask lets through
         yield {"V": 40, "B": 24, "start": start, "temperature": temperature}
-    yield {"V": 32769, "B": 2, "top_k": 40}
+    for options in ({"top_k": 40}, {"top_p": 0.5}, {"min_p": 0.3}, {"temperature": 0.0}):
+        yield {"V": 32769, "B": 9, **options}
+        yield {"V": 70001, "B": 3, "start": 2, **options}
 
 
 CONTRACT = Contract(
@@ -238,6 +290,7 @@ CONTRACT = Contract(
     bases=[
         {"V": 24},
         {"V": 24, "temperature": 0.6},
+        {"V": 24, "temperature": 1.6},
         {"V": 24, "top_k": 2},
         {"V": 24, "top_p": 0.6},
         {"V": 24, "min_p": 0.2},

@@ -73,7 +73,7 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     valid=cases.valid,
-    extras=cases.EXTRAS,
+    refusable=cases.REFUSABLE,
     relations=list(
         relations(
             Attention(keys="k", values="v", build=build, judge=judge, allowed=_allowed, other=_other, nudged=_nudged)

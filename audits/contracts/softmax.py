@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from audits.candidate import CandidateError
-from audits.contract import Call, Contract, Extra, Finding, Outputs, Relation, Run
+from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation, Run
 from audits.domain import Case, Choice, Range
 from audits.frameworks import DTYPES
 from audits.rows import judge_rows
@@ -128,8 +128,8 @@ CONTRACT = Contract(
     build=build,
     judge=judge,
     valid=valid,
-    extras=[
-        Extra(
+    refusable=[
+        Refusable(
             name="an array of other than two axes",
             case={"rows": 2, "S": 8, "axes": 3},
             covers=lambda case: case["axes"] != 2,

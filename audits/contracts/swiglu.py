@@ -23,6 +23,7 @@ LIMITS = (None, 7.0, 10.0, 1.0)
 def build(case: Case) -> Call:
     rng = np.random.default_rng([case["seed"], case["rows"], case["F"]])
     gate, up = (draw(case["values"], (case["rows"], case["F"]), rng) for _ in range(2))
+    gate[0, 0] = np.abs(gate[0, 0])  # closed gates alone leave nothing in half precision that could be judged
     args = {"gate": gate.astype(DTYPES[case["dtype"]]), "up": up.astype(DTYPES[case["dtype"]])}
     return Call(args if case["limit"] is None else {**args, "limit": case["limit"]})
 
@@ -34,9 +35,11 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
 
 def corpus(full: bool) -> Iterator[Case]:
     for F in range(1, 300 if full else 130):
-        yield {"rows": 2, "F": F, "values": KINDS[F % len(KINDS)], "limit": LIMITS[F % len(LIMITS)]}
-    for F in (255, 256, 257, 1023, 1025, 4096, 32769):
-        yield {"rows": 2, "F": F, "values": "large", "limit": 7.0}
+        yield {"rows": 2, "F": F, "values": KINDS[F % len(KINDS)], "limit": LIMITS[F // len(KINDS) % len(LIMITS)]}
+    for i, F in enumerate((255, 256, 257, 1023, 1024, 1025, 2048, 2880, 4096, 8192, 11008, 14336, 32769)):
+        yield {"rows": 2, "F": F, "values": "large", "limit": LIMITS[1 + i % 2]}
+    for i, rows in enumerate((31, 32, 33, 65, 129, 257, 1025, 4097, 65537)):
+        yield {"rows": rows, "F": 33 if rows < 300 else 3, "values": "steps", "limit": LIMITS[i % 2]}
 
 
 def _limit_binds(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:

@@ -14,7 +14,7 @@ from audits.relations import permuted_rows
 from reference.arithmetic import Arithmetic
 
 Array = np.ndarray[Any, np.dtype[Any]]
-KINDS = ("normal", "ties", "constant", "negative", "sorted", "reversed", "masked", "late")
+KINDS = ("normal", "ties", "constant", "negative", "sorted", "reversed", "masked", "late", "few")
 
 
 def build(case: Case) -> Call:
@@ -29,8 +29,8 @@ def build(case: Case) -> Call:
         x = -np.abs(x) - 5
     elif kind in ("sorted", "reversed"):
         x = np.sort(x, axis=1)[:, :: 1 if kind == "sorted" else -1]
-    elif kind == "masked":
-        x[:, rng.permutation(E)[: E - case["k"]]] = -np.inf
+    elif kind in ("masked", "few"):  # k are not masked, or fewer, so that −inf is among the largest
+        x[:, rng.permutation(E)[: E - case["k"] // (1 if kind == "masked" else 2)]] = -np.inf
     elif kind == "late":  # the largest are the last ones
         x[:, max(0, E - case["k"]) :] += 100
     return Call({"x": np.ascontiguousarray(x).astype(DTYPES[case["dtype"]]), "k": case["k"]})
@@ -83,8 +83,14 @@ def corpus(full: bool) -> Iterator[Case]:
     for E, k in ((1, 1), (8, 8), (128, 6), (256, 8), (257, 256), (1023, 50), (4097, 40), (32769, 5)):
         for kind in ("normal", "late", "ties"):
             yield {"rows": 2, "E": E, "k": k, "values": kind}
-    for rows in (31, 32, 33, 65, 129):
-        yield {"rows": rows, "E": 33, "k": 6}
+    for E, k in ((2048, 100), (3000, 33), (65537, 8), (70001, 17), (151936, 20)):
+        for kind in ("normal", "late"):
+            yield {"rows": 2, "E": E, "k": k, "values": kind}
+    for i, E in enumerate((2, 13, 31, 32, 33, 64, 100, 129, 257)):
+        yield {"rows": 2, "E": E, "k": E, "values": KINDS[i % len(KINDS)]}
+        yield {"rows": 2, "E": E, "k": E - 1, "values": KINDS[(i + 4) % len(KINDS)]}
+    for rows in (31, 32, 33, 65, 129, 257, 1025, 4097):
+        yield {"rows": rows, "E": 33 if rows < 300 else 9, "k": 6}
 
 
 CONTRACT = Contract(

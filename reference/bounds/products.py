@@ -23,16 +23,18 @@ from reference.bounds.core import (
 )
 
 
-def linear(x: Tensor, w: Tensor, arith: Arithmetic, abs_w: Tensor | None = None) -> Bounded:
+def linear(x: Tensor, w: Tensor, arith: Arithmetic, abs_w: Tensor | None = None, factors: int = 0) -> Bounded:
     """x [..., k], w [m, k] -> x @ wᵀ [..., m] with its bound; see `matmul`.
 
     abs_w [m, k] ≥ |w| is for weights that are themselves a sum w = scale·code + bias the kernel may form or distribute
     over the product: pass |scale·code| + |bias|. Then there are 2k terms, x·scale·code and x·bias. A term takes up to
     three roundings besides additions (code·x or scale·code; ·scale or ·x; of w itself), and every order of adding, with
-    scales applied to terms or to the partial sums of a group, has 2k − 1 additions of subsets of those terms.
+    scales applied to terms or to the partial sums of a group, has 2k − 1 additions of subsets of those terms. A weight
+    made in the operand dtype is rounded twice there, the product and the sum; where scale is a product itself, its
+    `factors` were rounded before, each u of what they make.
     """
     flat = x.reshape(-1, x.shape[-1])
-    result = matmul(flat, w.T, arith) if abs_w is None else _distributed(flat, w.T, abs_w.T, arith)
+    result = matmul(flat, w.T, arith) if abs_w is None else _distributed(flat, w.T, abs_w.T, arith, factors)
     shape = (*x.shape[:-1], w.shape[0])
     return Bounded(
         expected=result.expected.reshape(shape), bound=result.bound.reshape(shape), likely=result.likely.reshape(shape)
@@ -105,7 +107,7 @@ def _inner(
     return bounded(expected, error, arith)
 
 
-def _distributed(a: Tensor, b: Tensor, abs_b: Tensor, arith: Arithmetic) -> Bounded:
+def _distributed(a: Tensor, b: Tensor, abs_b: Tensor, arith: Arithmetic, factors: int) -> Bounded:
     """As matmul, for b whose elements are sums of two terms with absolute values adding up to abs_b; see `linear`."""
     expected = a @ b
     absolute = a.abs() @ abs_b
@@ -113,11 +115,11 @@ def _distributed(a: Tensor, b: Tensor, abs_b: Tensor, arith: Arithmetic) -> Boun
     operands = None
     if arith.operand is not None:
         # The product scale·code and its sum with the bias are each rounded to the operand dtype, at no more than abs_b.
-        half = storing(abs_b, arith.operand)
+        made = abs_b * (1 + unit(arith.operand)) ** factors
+        for _ in ("product", "sum"):
+            made = made + storing(made, arith.operand)
         narrowed = rounding(a, arith.operand) if narrower(arith.operand, arith.dtype) else torch.zeros_like(a)
-        operands = ((a.abs() + narrowed) @ (abs_b + half + storing(abs_b + half, arith.operand)) - absolute).clamp(
-            min=0
-        )
+        operands = ((a.abs() + narrowed) @ made - absolute).clamp(min=0)
     if narrower(arith.intermediate, arith.accumulate):
         # Each product of x and a dequantised weight is stored before it is added (seen in MLX's CUDA qmv kernels).
         products = unit(arith.intermediate) * (absolute if operands is None else absolute + operands)

@@ -168,6 +168,24 @@ def test_affine_weights_rounded_to_half_need_the_operand_claim(dtype: str) -> No
     assert excess(linear(x, twice, dtype, Style()), bounds.linear(x, w, Arithmetic.claim(dtype), abs_w=abs_w)).max() > 2
 
 
+def test_the_rounding_of_a_factor_is_allowed_only_when_it_is_said() -> None:
+    """d·scale·code − min, each step stored in bfloat16: of many weights, some are rounded the same way throughout."""
+    g = torch.Generator().manual_seed(0)
+    d = round_to(1 + torch.rand(100_000, 1, generator=g, dtype=torch.float64), "float16")
+    scale, code = (torch.randint(1, 64, d.shape, generator=g).double() for _ in range(2))
+    least = round_to(torch.rand(d.shape, generator=g, dtype=torch.float64), "bfloat16")
+    made = round_to(d, "bfloat16")
+    for factor in (scale, code):
+        made = round_to(made * factor, "bfloat16")
+    made = round_to(made - least, "bfloat16")
+    w, magnitude, one = d * scale * code - least, d * scale * code + least, torch.ones(1, 1, dtype=torch.float64)
+    arith = Arithmetic.claim("bfloat16", operand="input", output="float32")
+    unsaid, said = (bounds.linear(one, w, arith, magnitude, factors).bound for factors in (0, 2))
+    error = (made - w).abs().T
+    assert bool((error > unsaid).any())
+    assert bool((error <= said).all())
+
+
 def test_matmul_takes_batches_and_agrees_with_linear() -> None:
     x, w = operands("normal", 6, 33, 8, "float16", 2)
     arith = Arithmetic.claim("float16")

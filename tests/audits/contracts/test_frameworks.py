@@ -57,6 +57,7 @@ def test_torch_layouts_lie_in_memory_as_they_say() -> None:
     x = values((3, 4, 5), "float16")
     laid = {layout: give(x, "torch", layout) for layout in LAYOUTS}
     assert laid["transposed"].stride() == (20, 1, 4)
+    assert laid["permuted"].stride() == (5, 15, 1)
     assert laid["strided"].stride() == (40, 10, 2)
     assert laid["sliced"].stride() == laid["reversed"].stride() == (42, 7, 1)
     assert laid["offset"].storage_offset() == 1

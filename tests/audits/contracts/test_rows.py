@@ -104,3 +104,14 @@ def test_what_is_wrong_is_told_however_wide_the_bound() -> None:
     actual = EXACT.copy()
     actual[0, 0, 0] = np.nan
     assert wrong(actual, bounded(EXACT, 1e3)).evidence["elements"] == 1
+
+
+@pytest.mark.parametrize(("size", "judged"), [(1, True), (2, True), (3, False)])
+def test_one_or_two_values_may_cancel_without_a_word(size: int, judged: bool) -> None:
+    exact = np.full((size, 1), 1e-4)
+    if judged:
+        assert judge_rows(exact, bounded(exact)) is None
+        assert wrong(exact + 2e-3, bounded(exact)).check == "values"
+    else:
+        with pytest.raises(CannotJudge):
+            judge_rows(exact, bounded(exact))

@@ -405,3 +405,30 @@ def test_missing_fields_take_their_simplest_value() -> None:
     verdict = replay(SMALL, {}, candidate(swiglu))
     assert verdict.outcome == "pass"
     assert (verdict.case["F"], verdict.case["dtype"], verdict.case["limit"]) == (1, "float32", None)
+
+
+def test_a_first_call_that_is_wrong_is_seen() -> None:
+    """Nothing but the first call of the process, which only asks whether the dtype is taken, goes wrong."""
+    calls: list[int] = []
+
+    def warms_up(gate: Array, up: Array, *, limit: float | None = None) -> Array:
+        calls.append(1)
+        return swiglu(gate, up, limit=limit) * (2 if len(calls) == 1 else 1)
+
+    failed = [v for v in judged(warms_up) if v.outcome == "fail"]
+    assert [v.message for v in failed] == ["fails at times and passes at times, in one and the same case"]
+
+
+@pytest.mark.parametrize("period", [3, 6, 9])
+def test_the_corpus_pairs_every_option_with_every_dtype(period: int) -> None:
+    """Options that return every three, six or nine cases: dtypes that took turns so too would meet one each alone."""
+    limits = (1.0, 7.0, 10.0)
+    cases = [{"F": 401 + i, "limit": limits[i % period % 3]} for i in range(6 * period)]
+    verdicts = judged(swiglu, few(SWIGLU, *cases, examples=0))
+    assert len({(v.case["dtype"], v.case["limit"]) for v in verdicts if v.case["F"] > 400}) == 9
+
+
+@pytest.mark.parametrize(("dtypes", "expected"), [(("float32",), 0), (("bfloat16",), 1)])
+def test_a_case_of_one_dtype_is_left_out_with_it(dtypes: tuple[str, ...], expected: int) -> None:
+    only = few(SWIGLU, {"F": 257, "dtype": "bfloat16"}, examples=0)
+    assert sum(v.case["F"] == 257 for v in judged(swiglu, only, dtypes=dtypes)) == expected
