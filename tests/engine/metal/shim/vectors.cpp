@@ -20,6 +20,10 @@ static void constructors() {
   CHECK(same(bfloat4(half4(1.5h)), bfloat4(1.5h)) && same(half2(bfloat2(float2(3, 4))), half2(3, 4)));
   const float4 zero{}, none = {};
   CHECK(same(zero, float4(0)) && same(none, float4(0)) && same((float4)(xy.xyxy), pairs));
+  const float4 one = {1}, three = {1, 2.5h, 3u};  // scalars between braces: the rest is 0
+  const packed_float3 two = {xy.x, 8};
+  CHECK(same(one, float4(1, 0, 0, 0)) && same(three, float4(1, 2.5f, 3, 0)) && same(float3(two), float3(1, 8, 0)));
+  CHECK(same(uint2{300u}, uint2(300, 0)) && same(bool2{true}, bool2(true, false)) && same(bfloat2{1.5f}, bfloat2(1.5f, 0)));
   float4 array[2] = {};
   CHECK(same(array[1], float4(0)));
   constexpr int3 known(1, 2, 3);

@@ -6,6 +6,8 @@
 // by itself. Conversion between element types is explicit, from a scalar implicit (it fills every component).
 #pragma once
 
+#include <initializer_list>
+
 #include "swizzle.h"
 
 namespace metal {
@@ -31,6 +33,15 @@ template <class T, int N> constexpr const T& component(const packed_vec<T, N>& v
 template <class T, int N> const volatile T& component(const volatile vec<T, N>& v, int i) { return v.e[i]; }
 template <class T, int N> const volatile T& component(const volatile packed_vec<T, N>& v, int i) { return v.e[i]; }
 template <class T, int N, int... I> constexpr const T& component(const swizzle<T, N, I...>& v, int i) { return v[i]; }
+
+// A scalar between braces. Where there are fewer than components, the rest is 0: `float4 v = {1}` is (1, 0, 0, 0), as for
+// clang's ext_vector_type and unlike float4(1).
+template <class T>
+struct braced {
+  T value;
+  template <class S, enable_if_t<is_arithmetic_v<S>, int> = 0>
+  constexpr braced(S scalar) : value(static_cast<T>(scalar)) {}
+};
 
 // What a volatile vector is assigned from. Not the vec itself: that would be one more copy assignment, and turn every
 // union with a vector in it into one that can't be copied.
@@ -69,6 +80,9 @@ struct assigned {
   template <class S, enable_if_t<is_arithmetic_v<S>, int> = 0>                                           \
   constexpr name(S scalar) {                                                                             \
     for (int i = 0; i < N; ++i) e[i] = static_cast<T>(scalar);                                           \
+  }                                                                                                      \
+  constexpr name(std::initializer_list<detail::braced<T>> scalars) {                                     \
+    for (int i = 0; i < N; ++i) e[i] = size_t(i) < scalars.size() ? scalars.begin()[i].value : T(0);     \
   }                                                                                                      \
   template <class A, enable_if_t<detail::width<A> == N && !is_same_v<A, name>, int> = 0>                   \
   constexpr explicit(!is_same_v<detail::plain_t<A>, vec<T, N>>) name(const A& other) {                   \
