@@ -40,8 +40,12 @@ _METAL_HEADERS = (
     "metal_tessellation", "metal_texture", "metal_type_traits", "metal_types", "metal_uniform", "metal_utility",
     "metal_visible_function_table",
 )  # fmt: skip
-# __METAL_VERSION__ 320: Metal 3.2, the first version with every feature that the shim has.
-_PREDEFINED = ("-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1", "-D__METAL_MACOS__=1")
+# __METAL_VERSION__ 320: Metal 3.2, the first version with every feature that the shim has. Sources that find no
+# __METAL_MEMORY_SCOPE_SYSTEM__ define thread_scope_system themselves, from 3.
+_PREDEFINED = (
+    "-D__METAL__=1", "-D__METAL_VERSION__=320", "-D__HAVE_BFLOAT__=1", "-D__METAL_MACOS__=1",
+    "-D__METAL_MEMORY_SCOPE_SYSTEM__=3",
+)  # fmt: skip
 # Metal's char is signed; that of Linux on ARM is not.
 _COMMON = (
     "-std=gnu++20", "-O2", "-w", "-fno-sanitize=undefined", "-fno-exceptions", "-fno-rtti", "-fno-strict-aliasing",

@@ -66,9 +66,13 @@ def parameters(source: Source, kernel: KernelDeclaration) -> tuple[Parameter, ..
 def _parameter(source: Source, kernel: KernelDeclaration, first: int, end: int) -> Parameter:
     tokens = without_attributes(source, first, end)
     attributes = attributes_in(source, first, end)
+    extent = next((at for at, token in enumerate(tokens) if token.was == "["), len(tokens))
+    tokens, extents = tokens[:extent], tokens[extent:]
     text = [token.was for token in tokens]
     name = tokens[-1].was if len(tokens) > 1 and tokens[-1].kind == "name" else ""
-    type_text = words(tokens[:-1] if name else tokens)
+    type_text = words((tokens[:-1] if name else tokens) + extents)
+    if extents and name:  # `T x[3]` is `T* x`
+        text.insert(len(text) - 1, "*")
     label = f"parameter {name or type_text!r} of {kernel.host_name}"
     builtins = [_ALIASES.get(word, word) for word in attributes if _ALIASES.get(word, word) in BUILTINS]
     if builtins:

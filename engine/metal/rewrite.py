@@ -30,6 +30,7 @@ from engine.metal.tokens import Token, close_angle
 
 _DROPPED = {"device", "thread", "threadgroup", "ray_data", "object_data", "kernel"}
 _FLOAT = re.compile(r"(?:[0-9][0-9']*)?\.?[0-9']*(?:[eE][+-]?[0-9]+)?")
+_NOTHING = re.compile(r"[={},]|0[.0]*[fFhH]?")
 _QUALIFIERS = {"const", "volatile", "static", "constexpr", "typename"}
 
 
@@ -268,6 +269,8 @@ def _threadgroup_variable(source: Source, at: int, variables: dict[int, str]) ->
     for begin, stop in [(name_at, parts[0][1]), *parts[1:]]:
         name, extents, index = tokens[begin].text, "", begin + 1
         while index < stop:
+            if all(_NOTHING.fullmatch(token.was) for token in tokens[index:stop]):
+                break  # `= {0}` initialises nothing: threadgroup memory holds what was there before
             if scanner.word(index) != "[":
                 raise source.fail(index, f"threadgroup variable {name!r} can't have an initialiser")
             close = scanner.pairs[index]
@@ -340,10 +343,16 @@ def _registration(source: Source, kernel: KernelDeclaration, number: int) -> str
         entry = " ".join(token.text for token in source.tokens[slice(*kernel.entry)] if token.text)
         if "::" not in (token.was for token in source.tokens[kernel.entry[0] : kernel.entry[0] + 2]):
             entry = "".join(f"{part}::" for part in kernel.scope) + entry
+    named = "&" + entry
+    if kernel.entry is not None and kernel.function.first != kernel.function.start and entry[-1] != ">":
+        # An instantiation without `<…>` says by its parameters which one it is.
+        close = source.scanner.pairs[kernel.entry[1]]
+        types = " ".join(token.text for token in source.tokens[kernel.entry[1] + 1 : close] if token.text)
+        named = f"static_cast<void (*)({types})>({named})"
     rows = ", ".join(_descriptor(parameter) for parameter in given)
     return (
         f"static constexpr rt::Parameters<{len(given)}> rt_parameters_{number} = {{{{{rows}}}}};\n"
-        f"using rt_entry_{number} = rt::Entry<(&{entry}), rt_parameters_{number}>;\n"
+        f"using rt_entry_{number} = rt::Entry<({named}), rt_parameters_{number}>;\n"
         f"static const rt::Registration rt_registration_{number}({{{_quoted(kernel.host_name)}, "
         f"rt_entry_{number}::invoke, rt_parameters_{number}.at, rt_entry_{number}::infos, {len(given)}}});"
     )

@@ -134,6 +134,7 @@ def integer(source: Source, at: int, argument: list[Token]) -> int:
         raise ValueError
 
     text = re.sub(r"(\d)[uUlL]+\b", r"\1", words(argument)).replace("/", "//").strip("() ")
+    text = re.sub(r"\b0(?=\d)", "0o", text)  # C's octal numbers: MLX writes 00 and 01
     try:
         return value(ast.parse(text, mode="eval").body)
     except (ValueError, SyntaxError, ZeroDivisionError):

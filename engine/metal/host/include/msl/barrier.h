@@ -26,8 +26,9 @@ constexpr mem_flags operator&(mem_flags a, mem_flags b) { return mem_flags(uint(
 constexpr mem_flags& operator|=(mem_flags& a, mem_flags b) { return a = a | b; }
 
 enum thread_scope {
-  thread_scope_thread, thread_scope_simdgroup, thread_scope_threadgroup,
-  thread_scope_device, thread_scope_system
+  thread_scope_thread, thread_scope_threadgroup, thread_scope_device,
+  thread_scope_system,  // __METAL_MEMORY_SCOPE_SYSTEM__, which compiler.py defines
+  thread_scope_simdgroup
 };
 enum memory_scope { memory_scope_simdgroup, memory_scope_threadgroup, memory_scope_device };
 
