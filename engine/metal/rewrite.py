@@ -17,6 +17,7 @@ from engine.metal.declarations import Function
 from engine.metal.errors import CompileError
 from engine.metal.graphics import left_out
 from engine.metal.lockstep import keep_step
+from engine.metal.own_arrays import own_arrays
 from engine.metal.parameters import Parameter, parameters
 from engine.metal.source import (
     KernelDeclaration,
@@ -55,6 +56,7 @@ def rewrite(source: Source, kernels: Sequence[KernelDeclaration], values: Mappin
     _address_spaces(source)
     swizzles(source)
     keep_step(source)
+    own_arrays(source)
     for function in source.scanner.found.functions:
         if is_kernel(source, function):
             source.tokens[function.start].text = "inline " + source.tokens[function.start].text

@@ -187,6 +187,15 @@ RT_INLINE T& threadgroup_variable(const Site& site) {
   return *static_cast<T*>(threadgroup_local(site, sizeof(T), Align, checked_layout<T>));
 }
 
+// An element of a thread's own array. Outside is a place of its own, gone with the expression (own_arrays.py says why).
+template <class T, size_t N, class I>
+  requires __is_constructible(T)
+RT_INLINE T& element(T (&array)[N], I index, T&& outside = T{}) {
+  return index >= I(0) && static_cast<unsigned long long>(index) < N ? array[index] : outside;
+}
+template <class A, class I>
+RT_INLINE auto element(A& array, I index) -> decltype((array[index])) { return array[index]; }
+
 // ---- statistics and faults ----------------------------------------------------------------------------------------
 RT_EXPORT RT_CONVERGENT void matrix_op_reached();             // by each lane, in checked builds: the lanes are compared when they next meet
 RT_EXPORT void count_matrix_op();                             // one simdgroup_multiply_accumulate, _multiply, _load or _store: once per simdgroup
