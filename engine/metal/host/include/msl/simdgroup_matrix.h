@@ -5,7 +5,8 @@
 // over the lanes, two each, in the layout that MLX's mma.h relies on; an operation on operands that are all spread
 // stays spread (one rendezvous, every lane computes its two results), any other one first gathers what is spread into
 // lane 0. Whether an object is gathered or spread is the same in every lane, since lanes run these operations
-// together. Values are kept as floats that T can represent: half and bfloat are exact in it. Multiplication
+// together. A source that names thread_elements() may do so in a branch that some lanes don't take, where nothing can be
+// exchanged: with MSL_SPREAD_MATRICES, which compiler.py then defines, every object is spread from the start. Values are kept as floats that T can represent: half and bfloat are exact in it. Multiplication
 // accumulates over k = 0 … 7 in order, rounding to the result's type after each step; Apple's order is not known.
 #pragma once
 
@@ -20,6 +21,11 @@ namespace detail {
 typedef float row8 __attribute__((vector_size(32), aligned(16)));
 
 // The row, and the first of the two columns, that a lane holds.
+#ifdef MSL_SPREAD_MATRICES
+inline constexpr bool always_spread = true;
+#else
+inline constexpr bool always_spread = false;
+#endif
 constexpr int fragment_row(int lane) { return ((lane / 4) & 4) + (lane / 2) % 4; }
 constexpr int fragment_column(int lane) { return ((lane / 4) & 2) * 2 + (lane % 2) * 2; }
 constexpr int fragment_lane(int row, int column) {
@@ -72,8 +78,13 @@ struct simdgroup_matrix<T, 8, 8> {
   simdgroup_matrix() : spread(true) {}
   // A scalar fills the diagonal.
   template <class S, enable_if_t<is_arithmetic_v<S>, int> = 0>
-  explicit simdgroup_matrix(S diagonal) : spread(false) {
-    if (detail::this_lane() != 0) return;
+  explicit simdgroup_matrix(S diagonal) : spread(detail::always_spread) {
+    const int lane = static_cast<int>(detail::this_lane());
+    if constexpr (detail::always_spread) {
+      const int beyond = detail::fragment_row(lane) - detail::fragment_column(lane);
+      pair = vec<T, 2>(beyond == 0 ? static_cast<T>(diagonal) : T(0), beyond == 1 ? static_cast<T>(diagonal) : T(0));
+    }
+    if (detail::always_spread || lane != 0) return;
     for (int i = 0; i < 64; ++i) values[i] = i % 9 == 0 ? static_cast<float>(static_cast<T>(diagonal)) : 0.0f;
   }
   METAL_FUNC vec<T, 2>& thread_elements() {
@@ -121,8 +132,9 @@ struct simdgroup_matrix<T, 8, 8> {
 template <class T, int Columns, int Rows = Columns, class S>
 inline simdgroup_matrix<T, Columns, Rows> make_filled_simdgroup_matrix(S value) {
   simdgroup_matrix<T, Columns, Rows> result;
-  result.spread = false;
-  if (detail::this_lane() == 0)
+  result.spread = detail::always_spread;
+  if constexpr (detail::always_spread) result.pair = vec<T, 2>(static_cast<T>(value));
+  else if (detail::this_lane() == 0)
     for (float& v : result.values) v = static_cast<float>(static_cast<T>(value));
   return result;
 }
@@ -135,14 +147,20 @@ inline simdgroup_matrix<T, Columns, Rows> make_diagonal_simdgroup_matrix(detail:
 template <class T>
 METAL_FUNC void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, const volatile T* source, ulong elements_per_row = 8,
                                ulong2 matrix_origin = 0, bool transpose_matrix = false) {
-  d.spread = false;
+  d.spread = detail::always_spread;
   detail::take_part();
-  if (detail::this_lane() != 0) return;
-  rt::count_matrix_op();
+  const int lane = static_cast<int>(detail::this_lane());
+  if (lane == 0) rt::count_matrix_op();
+  else if (!detail::always_spread) return;
   const long origin = static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
   const T* base = const_cast<const T*>(source) + origin;
   const long across = transpose_matrix ? static_cast<long>(elements_per_row) : 1;
   const long down = transpose_matrix ? 1 : static_cast<long>(elements_per_row);
+  if constexpr (detail::always_spread) {
+    base += detail::fragment_row(lane) * down + detail::fragment_column(lane) * across;
+    d.pair = vec<T, 2>(base[0], base[across]);
+    return;
+  }
   for (long r = 0; r < 8; ++r)
     for (long c = 0; c < 8; ++c) d.values[8 * r + c] = static_cast<float>(base[r * down + c * across]);
 }
@@ -150,14 +168,20 @@ METAL_FUNC void simdgroup_load(simdgroup_matrix<T, 8, 8>& d, const volatile T* s
 template <class T>
 METAL_FUNC void simdgroup_store(const simdgroup_matrix<T, 8, 8>& a, volatile T* destination, ulong elements_per_row = 8,
                                 ulong2 matrix_origin = 0, bool transpose_matrix = false) {
-  a.gather();
+  if (!detail::always_spread) a.gather();
   detail::take_part();
-  if (detail::this_lane() != 0) return;
-  rt::count_matrix_op();
+  const int lane = static_cast<int>(detail::this_lane());
+  if (lane == 0) rt::count_matrix_op();
+  else if (!detail::always_spread) return;
   const long origin = static_cast<long>(matrix_origin.y * elements_per_row + matrix_origin.x);
   T* base = const_cast<T*>(destination) + origin;
   const long across = transpose_matrix ? static_cast<long>(elements_per_row) : 1;
   const long down = transpose_matrix ? 1 : static_cast<long>(elements_per_row);
+  if constexpr (detail::always_spread) {
+    base += detail::fragment_row(lane) * down + detail::fragment_column(lane) * across;
+    base[0] = a.pair.e[0], base[across] = a.pair.e[1];
+    return;
+  }
   for (long r = 0; r < 8; ++r)
     for (long c = 0; c < 8; ++c) base[r * down + c * across] = static_cast<T>(a.values[8 * r + c]);
 }
@@ -189,7 +213,7 @@ METAL_FUNC void multiply_spread(simdgroup_matrix<D, 8, 8>& d, const simdgroup_ma
 template <class D, class A, class B, class C>
 METAL_FUNC void multiply_any(simdgroup_matrix<D, 8, 8>& d, const simdgroup_matrix<A, 8, 8>& a,
                              const simdgroup_matrix<B, 8, 8>& b, const simdgroup_matrix<C, 8, 8>* c) {
-  if (a.spread && b.spread && (!c || c->spread)) return multiply_spread(d, a, b, c);
+  if (always_spread || (a.spread && b.spread && (!c || c->spread))) return multiply_spread(d, a, b, c);
   a.gather(), b.gather();
   if (c) c->gather();
   d.spread = false;
