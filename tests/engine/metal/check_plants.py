@@ -127,7 +127,6 @@ PLANTS = [
     divergence("shuffle_from_a_lane_that_left", "simdgroup-divergence"),
     divergence("shuffle_from_a_lane_elsewhere", "simdgroup-divergence"),
     divergence("simdgroup_barrier_for_half", "simdgroup-divergence"),
-    divergence("matrix_elements_for_half", "simdgroup-divergence"),
     divergence("sum_of_active_lanes", "simdgroup-divergence", clean=True),
     divergence("sums_in_branches", "simdgroup-divergence", clean=True),
     divergence("broadcast_from_a_lane_that_returned", "simdgroup-divergence"),

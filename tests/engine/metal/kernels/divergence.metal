@@ -66,17 +66,6 @@ kernel void simdgroup_barrier_for_half(device const float* in [[buffer(0)]], dev
     out[i] = in[i];
 }
 
-// Half of the simdgroup asks for its elements of a matrix that all lanes hold together.
-kernel void matrix_elements_for_half(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
-                                     uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
-    simdgroup_float8x8 tile;
-    simdgroup_load(tile, in, 8);
-    out[i] = 0;
-    if (PLANT(lane < 16, true)) {
-        out[i] = tile.thread_elements()[0];  // expect: simdgroup-divergence
-    }
-}
-
 // simd_sum is over the active lanes (MSL specification, SIMD-group functions), so lanes that have left are no fault.
 kernel void sum_of_active_lanes(device const float* in [[buffer(0)]], device float* out [[buffer(1)]],
                                 uint i [[thread_position_in_grid]], uint lane [[thread_index_in_simdgroup]]) {
