@@ -17,8 +17,8 @@ from audits.contracts.attention_mask import CONTRACT as MASK
 from audits.contracts.matmul import CONTRACT as MATMUL
 from audits.contracts.penalties import CONTRACT as PENALTIES
 from audits.contracts.swiglu import CONTRACT as SWIGLU
-from audits.domain import Case, Range
-from audits.sweep import _in_turn, replay
+from audits.domain import Case, Range, turn
+from audits.sweep import replay
 from audits.verdict import Verdict
 
 Array = Any
@@ -72,11 +72,10 @@ def test_the_same_seed_gives_the_same_verdicts_and_another_draws_other_cases() -
 
 
 def test_what_a_corpus_takes_in_turn_meets_every_dtype() -> None:
-    dtypes = ("float32", "float16", "bfloat16")
     for period in (2, 3, 6, 9, 27):
-        met = {(i % period, _in_turn(dtypes, i)) for i in range(9 * period)}
+        met = {(i % period, turn(i, 3, 0)) for i in range(9 * period)}
         assert len(met) == 3 * period, period
-    assert {_in_turn(dtypes[:1], i) for i in range(9)} == {"float32"}
+    assert {turn(i, 1, 5) for i in range(9)} == {0}
 
 
 def test_a_part_of_a_corpus_with_a_dtype_of_its_own_runs_in_that_alone_or_not_at_all() -> None:
