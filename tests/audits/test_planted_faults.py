@@ -94,7 +94,11 @@ def attention_with(**changes: Any) -> Fault:
 
 def stale_rope(patch: pytest.MonkeyPatch) -> None:
     original = engine.attention.Attention.rope
-    patch.setattr(engine.attention.Attention, "rope", lambda self, x, offset: original(self, x, min(offset, 14)))
+
+    def rope(self: engine.attention.Attention, x: mx.array, offset: int, probe: str) -> mx.array:
+        return original(self, x, min(offset, 14), probe)
+
+    patch.setattr(engine.attention.Attention, "rope", rope)
 
 
 def one_routing_decision(patch: pytest.MonkeyPatch) -> None:

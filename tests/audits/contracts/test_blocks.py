@@ -67,7 +67,7 @@ def test_formats_that_a_candidate_refuses_are_left_out_and_said() -> None:
     verdicts = judged(only_q4_k)
     assert formats(verdicts) == {"Q4_K"}
     said = [v.message for v in verdicts if v.outcome == "skipped"]
-    assert said[0] == "format=Q8_0 is left out for float32: the candidate raised ValueError: no Q8_0 here"
+    assert said[0] == "format=Q8_0 is left out in float32: the candidate raised ValueError: no Q8_0 here"
     assert len(said) == 9, "three formats in three dtypes"
 
 
