@@ -6,6 +6,7 @@ A contract knows no framework and no candidate: operands are made and results ju
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -189,6 +190,7 @@ def default_claims(dtype: str) -> dict[str, str]:
     return {"operand": "input", "accumulate": "float32", "intermediate": "input"}
 
 
+@functools.cache
 def arguments_of(signature: str) -> tuple[Argument, ...]:
     """The arguments in a signature such as "sdpa(q, k, v, *, scale, mask=None)"."""
     (declared,) = ast.parse(f"def {signature}: pass").body

@@ -60,6 +60,7 @@ def rms_norm(x: mx.array, weight: mx.array, *, eps: float) -> mx.array:
     return mx.fast.rms_norm(x, weight, eps)
 
 
+@any_layout
 def rope(x: mx.array, *, dims: int, base: float, scale: float, offset: int, traditional: bool) -> mx.array:
     """x [B, H, L, D] -> the first `dims` of D rotated, by angles (offset + l)·scale·base^(−2j/dims)."""
     return mx.fast.rope(x, dims, traditional=traditional, base=base, scale=scale, offset=offset)

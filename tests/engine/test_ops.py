@@ -51,7 +51,7 @@ def test_on_cuda_an_op_gets_the_same_values_in_memory_of_their_own(
 
 
 @pytest.mark.parametrize(
-    "name", ["matmul", "quantized_matmul", "quantize", "moe_matmul", "sampler", "sdpa", "quantized_sdpa"]
+    "name", ["matmul", "quantized_matmul", "quantize", "moe_matmul", "rope", "sampler", "sdpa", "quantized_sdpa"]
 )
 def test_what_mlx_gets_wrong_takes_any_layout(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     copied: list[Any] = []
