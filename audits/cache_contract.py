@@ -153,6 +153,10 @@ class CacheSweep:
         lacking, told = self._lacking()
         yield from told
         yield from self._refusals(taken[0], seed)
+        for name in growth.CASES if not lacking & {"update_and_fetch"} else ():
+            if growth.applies(name, self.contract.name, self.candidate.framework, lacking):
+                advance(f"{self.contract.name} {name}")
+                yield self.verdict({**self.contract.case(Plan(program=[]), taken[0], seed), "heads": 2, "growth": name})
         allowed = [op for op in ("feed", *self.contract.operations) if not lacking & set(NEEDS.get(op, ()))]
         plans = [plan for plan in self.contract.corpus(full) if self._possible(plan, lacking)]
         cases = [self.contract.case(p, d, seed) for p, d in _with_dtypes(plans, taken, full, seed)]
@@ -164,10 +168,6 @@ class CacheSweep:
         settings = [s for s in self.contract.settings if self._takes(s)]
         for case, finding, digest in drawn(self.contract, self, settings, allowed, taken, count, seed):
             yield self._judged(case, finding, digest)
-        for name in growth.CASES if not lacking & {"update_and_fetch"} else ():
-            if growth.applies(name, self.contract.name, self.candidate.framework, lacking):
-                advance(f"{self.contract.name} {name}")
-                yield self.verdict({**self.contract.case(Plan(program=[]), taken[0], seed), "heads": 2, "growth": name})
 
     def verdict(self, case: Mapping[str, Any]) -> Verdict:
         """Judge one case; the first failure of each check is shrunk."""

@@ -131,8 +131,8 @@ def corpus(full: bool) -> Iterator[Case]:
                 "bits": BITS[i // 2 % 5],
                 "group_size": group,
             }
-    for i, S in enumerate((1100, 8192, 8195)):  # caches take other routes when they are long
-        yield {"L": 1, "S": S, "D": 64, "bits": BITS[i], "values": "needle", "B": 2 if S < 2000 else 1, "Hkv": 1}
+    for S, bits in ((1100, 2), (8192, 4), (8195, 8)):  # caches take other routes when they are long
+        yield {"L": 1, "S": S, "D": 64, "bits": bits, "values": "needle", "B": 2 if S < 2000 else 1, "Hkv": 1}
     for i, (D, group) in enumerate((D, group) for D in SIZES for group in GROUPS):
         for bits in BITS:
             for L in (1, 4):

@@ -78,8 +78,8 @@ def test_a_failure_is_named_shrunk_and_replays_bit_for_bit() -> None:
 
 
 def test_two_audits_of_one_seed_are_the_same_to_the_bit_and_another_seed_draws_other_programs() -> None:
-    found = contract("batch_kv_cache")
-    candidate = Candidate(function=base("batch_kv_cache", "numpy_rows.py"), framework="numpy", name="rows")
+    found = contract("chunked_kv_cache")
+    candidate = Candidate(function=base("chunked_kv_cache", "numpy_buffer.py"), framework="numpy", name="rows")
     first, second, other = (
         [(v.outcome, v.case, v.evidence.get("digest")) for v in found.audit(
             candidate, full=False, seed=seed, advance=lambda _: None)] for seed in (0, 0, 1)
