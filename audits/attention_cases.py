@@ -147,7 +147,7 @@ def operands(case: Case, rng: np.random.Generator, mask: Array | str | None) -> 
         keep = rng.random(q.shape).argsort(-1) < 2
         q = np.where(keep, q, 0) * 4 / scale
     elif kind in ("needle", "decoy"):
-        q = _needles(case, rng, k, mask) * ((14 if S < 10000 else 20) / (scale * D))
+        q = _needles(case, rng, k, mask) * ((14 if S < 8000 else 20) / (scale * D))
     elif kind == "positive":
         q, v = 0.1 * q, np.abs(v) + 0.1
     elif kind == "alike":
