@@ -143,7 +143,7 @@ def corpus(full: bool) -> Iterator[Case]:
     """Lengths around thresholds, each by the cheapest relation, for there is no reference; when full, every length."""
     lengths = (2, 9, 16, 17, 24, 25, 31, 32, 33, 48, 49, 64, 65)
     for L in (*range(2, 67), 127, 128, 129, 255, 256, 257, 300) if full else lengths:
-        yield {"B": 1 + L % 2, "L": L, "relation": "last token alone"}
+        yield {"B": 1 + (L < 20 and L % 2), "L": L, "relation": "last token alone"}
     yield {"B": 2, "L": 17, "relation": "left padding"}
 
 
