@@ -12,6 +12,8 @@ from math import isfinite
 from typing import Any
 
 import numpy as np
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 Case = Mapping[str, Any]
@@ -99,6 +101,28 @@ def filled(fields: Mapping[str, Field], case: Case) -> dict[str, Any]:
 def strategy(fields: Mapping[str, Field], valid: Callable[[Case], bool]) -> st.SearchStrategy[dict[str, Any]]:
     """Cases over all fields that are valid together."""
     return st.fixed_dictionaries({name: field.strategy for name, field in fields.items()}).filter(valid)
+
+
+def draw(cases: st.SearchStrategy[dict[str, Any]], count: int, seed: int) -> list[dict[str, Any]]:
+    """`count` cases or fewer, before any is judged, so that Hypothesis sees no failure and shrinks nothing."""
+    found: list[dict[str, Any]] = []
+
+    @seeded(seed)
+    @settings(
+        max_examples=max(count, 1),
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(cases)
+    def collect(case: dict[str, Any]) -> None:
+        found.append(case)
+
+    if count:
+        collect()
+    return found
 
 
 def shrink(

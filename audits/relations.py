@@ -8,6 +8,7 @@ import numpy as np
 
 from audits.contract import Array, Call, Outputs, Relation, Run
 from audits.domain import Case
+from audits.outputs import digest_of
 
 
 def permuted_rows(*names: str, applies: Callable[[Case], bool] = lambda case: True) -> Relation:
@@ -53,3 +54,14 @@ def close(actual: Array, expected: Array) -> bool:
     scale = np.max(np.abs(np.where(np.isfinite(b), b, 0)), axis=-1, keepdims=True) if b.ndim else np.abs(b)
     with np.errstate(invalid="ignore"):
         return bool(np.all((np.abs(a - b) <= 4 * ulp * scale) | (a == b) | (np.isnan(a) & np.isnan(b))))
+
+
+def _rerun(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
+    for i in range(2):
+        if digest_of(run(call)) != digest_of(outputs):
+            return f"run {i + 2} of the same call gives other bits than the first"
+    return None
+
+
+# Of every contract.
+RERUN = Relation(name="rerun", check=_rerun)

@@ -11,15 +11,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import seed as seeded
 
 from audits.candidate import Candidate, CandidateError, ChangedInput
-from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation, Run
-from audits.domain import Case, filled, shrink, strategy, turn
+from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation
+from audits.domain import Case, draw, filled, shrink, strategy, turn
 from audits.errors import CannotJudge, DeviceLost
 from audits.frameworks import DTYPES, LAYOUTS, differs
 from audits.outputs import NO_ARRAY, digest_of, malformed
+from audits.relations import RERUN
 from audits.verdict import Verdict
 from reference.arithmetic import Arithmetic
 
@@ -30,16 +29,6 @@ VALUES = ""
 # What else a verdict's case holds, besides the fields of the domain.
 RECORDED = ("contract", "candidate", "framework", "claims", "relation", "output_dtypes")
 PAIR = "after "  # the relation "after N": what is due, when base case N has just run on other data
-
-
-def _rerun(run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
-    for i in range(2):
-        if digest_of(run(call)) != digest_of(outputs):
-            return f"run {i + 2} of the same call gives other bits than the first"
-    return None
-
-
-COMMON = (Relation(name="rerun", check=_rerun),)
 
 
 class _Lacking(Exception):
@@ -210,10 +199,12 @@ class Sweep:
             for dtype in (d for d in chosen if d in dtypes):
                 case = filled(domain, {"dtype": dtype, "seed": (seed + i) % 8, **fields})
                 yield {**case, "relation": part.get("relation", VALUES)}
-        yield from self._drawn(dtypes, self.contract.examples * (FULL_EXAMPLES if full else 1), seed)
+        count = self.contract.examples * (FULL_EXAMPLES if full else 1)
+        fits = strategy(domain, lambda case: case["dtype"] in dtypes and self.contract.valid(case))
+        yield from ({**case, "relation": VALUES} for case in draw(fits, count, seed))
 
     def _relations(self, case: Case) -> Iterator[Relation]:
-        known = (*COMMON, *self.contract.relations)
+        known = (RERUN, *self.contract.relations)
         return (r for r in known if r.applies(case) and not set(r.needs) & set(self.lacking))
 
     def _layouts(self, plain: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
@@ -225,29 +216,6 @@ class Sweep:
             if isinstance(first, np.ndarray):
                 layouts = (layout for layout in LAYOUTS[1:] if differs(first, layout))
                 yield from ({**plain, "operand": name, "layout": layout} for layout in layouts)
-
-    def _drawn(self, dtypes: Sequence[str], count: int, seed: int) -> Iterator[dict[str, Any]]:
-        """What Hypothesis draws from the domain; collected first, so that it sees no failure and shrinks nothing."""
-        if not count:
-            return
-        found: list[dict[str, Any]] = []
-        cases = strategy(self.contract.domain, lambda case: case["dtype"] in dtypes and self.contract.valid(case))
-
-        @seeded(seed)
-        @settings(
-            max_examples=count,
-            database=None,
-            deadline=None,
-            derandomize=False,
-            phases=[Phase.generate],
-            suppress_health_check=list(HealthCheck),
-        )
-        @given(cases)
-        def collect(case: dict[str, Any]) -> None:
-            found.append({**case, "relation": VALUES})
-
-        collect()
-        yield from found
 
     def _needs_what_lacks(self, case: Case) -> bool:
         return bool(self.lacking) and bool(set(self.lacking) & self.contract.build(case).args.keys())
@@ -398,7 +366,7 @@ def replay(contract: Contract, case: Mapping[str, Any], candidate: Candidate) ->
     """Run the one case that a verdict recorded; ValueError for what is no case of the contract."""
     known = {name: value for name, value in case.items() if name not in RECORDED}
     relation = case.get("relation", VALUES)
-    relations = [r.name for r in (*COMMON, *contract.relations)]
+    relations = [r.name for r in (RERUN, *contract.relations)]
     if relation not in (VALUES, *relations, *(f"{PAIR}{i}" for i in range(len(contract.bases)))):
         raise ValueError(f"{contract.name} has no relation {relation!r}; there is {', '.join(relations)}")
     chosen = {**filled(contract.domain, known), "relation": relation}
