@@ -45,7 +45,7 @@ def _console(stream: Any, *, stderr: bool) -> Console:
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="replace")  # a terminal without Unicode shows "?" rather than a traceback
     terminal = stream is not None and stream.isatty()
-    return _Screen(soft_wrap=True, highlight=False, width=None if terminal else LOG_WIDTH, stderr=stderr)
+    return _Screen(emoji=False, soft_wrap=True, highlight=False, width=None if terminal else LOG_WIDTH, stderr=stderr)
 
 
 console = _console(sys.stdout, stderr=False)

@@ -71,8 +71,9 @@ class Case:
         if not isinstance(case, Mapping) or not isinstance(options := case.get("options", {}), Mapping):
             raise ValueError('a case is a dict with "tokens", and its "options", if any, are one too')
         known = {"name", "model", "tokens", "options", "seed", "answer"}
-        if unknown := sorted((set(case) - known) | (set(options) - set(OPTIONS))):
-            raise ValueError(f"a case has no {unknown[0]!r}; it has {', '.join(sorted(known))}")
+        for what, given, names in (("a case has", case, known), ("a case's options have", options, set(OPTIONS))):
+            if unknown := sorted(set(given) - names):
+                raise ValueError(f"{what} no {unknown[0]!r}; there is {', '.join(sorted(names))}")
         if "tokens" not in case:
             raise ValueError("a case needs 'tokens', a sequence of token ids")
         found = cls(

@@ -159,8 +159,10 @@ def _constants(candidate: Candidate, case: Mapping[str, Any], options: Mapping[s
     for (actual, _, wrong), expected, name in zip(found, given, ("keys", "values"), strict=True):
         if wrong is not None:
             return wrong
+        if actual.shape != expected.shape:
+            return Finding(check="shape", message=f"{name} {expected.shape} come back as {actual.shape}")
         apart = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-        if actual.shape != expected.shape or not (apart <= 2.0**-6).all():
+        if not (apart <= 2.0**-6).all():
             message = f"{name} whose groups are constant, 0, 1 and −0.75, come back changed by up to {apart.max():.3g}"
             return Finding(check=CONSTANT, message=message)
     return None

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from audits.contract import Call, Contract, Finding, Outputs, Relation, Run
+from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation, Run
 from audits.domain import Case, Choice, Range
 from audits.frameworks import DTYPES
 from audits.relations import close, permuted_rows
@@ -194,6 +194,9 @@ CONTRACT = Contract(
     judge=judge,
     valid=possible,
     dtype_key=lambda case: f"{case['dtype']} {case['scoring']}",
+    # A model's router knows the scoring of its model, and not always the others.
+    forms=({}, *({"scoring": scoring} for scoring in SCORINGS[1:])),
+    refusable=[Refusable.setting(scoring=scoring) for scoring in SCORINGS],
     outputs=(2,),
     relations=[
         permuted_rows("logits"),

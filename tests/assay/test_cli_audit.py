@@ -190,6 +190,7 @@ def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
     [
         (["softmaxx"], "no contract 'softmaxx'; there is "),
         (["softmax", "--candidate", "none.py:f"], "there is no file none.py"),
+        (["softmax", "--candidate", "none.py:x"], "--candidate none.py:x: there is no file none.py"),
         (["softmax", "--candidate", "mine.py"], "FILE.py:NAME is expected"),
         (["softmax", "--candidate", "mine.py:f"], "defines no 'f'"),
         (["softmax", "--candidate", "strangers.py:number"], "which can't be called"),

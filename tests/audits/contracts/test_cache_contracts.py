@@ -89,6 +89,13 @@ def test_two_audits_of_one_seed_are_the_same_to_the_bit_and_another_seed_draws_o
     assert programs[0] != programs[1]
 
 
+def test_codes_of_another_width_than_was_asked_for_are_a_finding() -> None:
+    made = base("quantized_kv_cache", "numpy_affine.py")
+    for bits in (3, 4):
+        verdicts = audited("quantized_kv_cache", lambda group_size, bits, told=bits: made(group_size, told))
+        assert failures(verdicts)[0].evidence["check"] == "shape"
+
+
 def test_a_lost_and_a_foreign_token_are_told_with_what_was_expected() -> None:
     class Swapped(base("kv_cache", "numpy_buffer.py")):  # type: ignore[misc]
         def update_and_fetch(self, keys: Any, values: Any) -> Any:

@@ -16,6 +16,7 @@ from audits.contract import Contract
 from audits.contracts.attention_mask import CONTRACT as MASK
 from audits.contracts.matmul import CONTRACT as MATMUL
 from audits.contracts.penalties import CONTRACT as PENALTIES
+from audits.contracts.router import CONTRACT as ROUTER
 from audits.contracts.swiglu import CONTRACT as SWIGLU
 from audits.domain import Case, Range, turn
 from audits.sweep import replay
@@ -82,6 +83,24 @@ def test_a_part_of_a_corpus_with_a_dtype_of_its_own_runs_in_that_alone_or_not_at
     contract = few(SWIGLU, {"rows": 2, "F": 77, "dtype": "bfloat16"})
     assert [v.case["dtype"] for v in judged(swiglu, contract) if v.case.get("F") == 77] == ["bfloat16"]
     assert not [v for v in judged(swiglu, contract, dtypes=("float32",)) if v.case.get("F") == 77]
+
+
+def test_a_router_of_one_scoring_is_judged_by_that_alone() -> None:
+    def sigmoid(
+        logits: Array, *, top_k: int, scoring: str, bias: Array = None, norm: bool = True, scale: float = 1.0
+    ) -> tuple[Array, Array]:
+        if scoring != "sigmoid":
+            raise NotImplementedError(scoring)
+        scores = 1 / (1 + np.exp(-logits.astype(np.float32)))
+        ids = np.argsort(-(scores if bias is None else scores + bias), axis=-1, kind="stable")[:, :top_k]
+        weights = np.take_along_axis(scores, ids, -1)
+        weights = weights / weights.sum(-1, keepdims=True) if norm else weights
+        return ids, weights * np.float32(scale)
+
+    verdicts = judged(sigmoid, few(ROUTER, {"rows": 3, "E": 9, "k": 2, "scoring": "softmax"}))
+    assert {v.case["scoring"] for v in verdicts if v.outcome == "pass"} == {"sigmoid"}
+    assert not [v for v in verdicts if v.outcome not in ("pass", "skipped")]
+    assert any("softmax is left out" in v.message for v in verdicts)
 
 
 def test_each_case_is_judged_once_and_bases_in_every_way() -> None:
