@@ -8,6 +8,7 @@ wrong slot or a block that is read twice.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields, replace
@@ -39,6 +40,7 @@ TOKENS = (1, 31, 32, 33, 63, 64, 65, 96, 127, 128, 129)
 WIDTHS = (256, 512, 1024)
 LOADS = ("one", "even", "skewed", "empty")
 # Products of two halves are exact in float32, which accumulates; one store, in float32 too.
+PART = 6  # kernels that are compiled in one go
 ARITHMETIC = Arithmetic.claim("float16", accumulate="float32", output="float32")
 
 
@@ -153,15 +155,15 @@ def _library(spec: KernelSpec, checked: bool) -> Library:
 
 
 def build(wanted: Iterable[tuple[KernelSpec, MatmulCase]]) -> None:
-    """Compile what the cases launch: all kernels of a library in one go, checked and unchecked ones side by side.
-
-    One at a time, our 24 kernels take six times as long, and that is most of a first run.
+    """Compile what the cases launch, a few kernels of a library in one go and as many such parts at once as there are
+    cores: one kernel at a time takes several times as long, and that is most of a first run.
     """
-    names: dict[Library, list[str]] = {}
+    names: dict[Library, dict[str, None]] = {}
     for spec, case in wanted:
-        names.setdefault(_library(spec, case.checked), []).append(spec.name)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(Library.build, names.keys(), names.values()))
+        names.setdefault(_library(spec, case.checked), {})[spec.name] = None
+    parts = [(lib, list(found)[i : i + PART]) for lib, found in names.items() for i in range(0, len(found), PART)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        list(pool.map(lambda part: part[0].build(part[1]), parts))
 
 
 def run_case(spec: KernelSpec, case: MatmulCase, advance: Callable[[str], None] = lambda _: None) -> Verdict:
