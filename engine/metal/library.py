@@ -19,7 +19,7 @@ from engine.metal.constants import values_of
 from engine.metal.errors import MetalError
 from engine.metal.launch import MOST_THREADS, Compiled, Launch, Options, Run, Size, schedule, shape
 from engine.metal.parameters import Parameter
-from engine.metal.rewrite import Rewritten, rewrite
+from engine.metal.rewrite import rewrite
 from engine.metal.worker import Worker
 
 __all__ = ["Kernel", "Library", "Run", "compile"]
@@ -108,15 +108,14 @@ class Library:
                 if name not in self._source.kernels:
                     close = difflib.get_close_matches(name, self._source.kernels, 3) or self.kernels[:8]
                     raise MetalError(f"no kernel is named {name!r}; there are {', '.join(close) or 'none'}")
-            declarations = [self._source.kernels[name] for name in wanted]
-            rewritten = rewrite(self._source, declarations, self._values) if wanted else None
-        if rewritten is not None:  # outside the lock: threads that build other kernels of this library go on meanwhile
-            module = compiler.module(rewritten.text, checked=self.checked)
-            with self._lock:
-                self._add(declarations, rewritten, module)
+        if wanted:  # not under the lock: threads that build other kernels of this library go on meanwhile
+            self._compile([self._source.kernels[name] for name in wanted])
         return [self._ready[name] for name in names]
 
-    def _add(self, declarations: Sequence[source.KernelDeclaration], rewritten: Rewritten, module: Path) -> None:
+    def _compile(self, declarations: Sequence[source.KernelDeclaration]) -> None:
+        with self._lock:
+            rewritten = rewrite(self._source, declarations, self._values)
+        module = compiler.module(rewritten.text, checked=self.checked)
         for declared in declarations:
             found = parameters.parameters(self._source, declared)
             compiled = Compiled(
