@@ -56,8 +56,10 @@ _COMMON = (
 # Metal's half and float round after every operation, so nothing may be contracted or kept wider.
 _ARITHMETIC = ("-ffp-contract=off", "-fno-fast-math", "-fno-math-errno")
 # The loop vectoriser makes gathers of small register tiles, which then stay in memory (a tiled matmul with 4x16 outputs
-# a thread: 0.64 ns a multiply-add with it, 0.07 without). Straight-line code is still vectorised.
-_TUNING = ("-fno-vectorize",)
+# a thread: 0.64 ns a multiply-add with it, 0.07 without). Straight-line code is still vectorised. The machine scheduler
+# carries sums across the switch at a barrier, where nothing keeps their terms in registers (one output a thread: 1.26
+# ns with it, 0.97 without, everything else being equal).
+_TUNING = ("-fno-vectorize", "-mllvm", "-enable-misched=0")
 # A call must not be duplicated into both sides of a branch on the thread's index: its lanes would no longer meet.
 # Passes that run before inlining see only the user's and the shim's functions around the runtime's, so all are marked.
 _CONVERGENT = ("-fconvergent-functions",)

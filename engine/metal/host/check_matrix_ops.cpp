@@ -16,8 +16,8 @@ bool MatrixOps::later(uint64_t site, uint32_t op) const {
 }
 
 void Scheduler::matrix_op(uint64_t site) {
-  unsigned lane = current->lane;
-  MatrixOps& ops = matrix_ops_[current->simdgroup];
+  unsigned lane = line.current->lane;
+  MatrixOps& ops = matrix_ops_[line.current->simdgroup];
   uint32_t op = ops.reached[lane]++;
   if (op == ops.count) {
     ops.count++;
@@ -26,7 +26,7 @@ void Scheduler::matrix_op(uint64_t site) {
     // Of two paths the longer one has an operation that the other skips: this one, unless the first lane came to it later.
     unsigned other = ops.first[op];
     if (!ops.later(site, op)) ops.sites[op] = site, ops.first[op] = uint8_t(lane), lane = other;
-    report_matrix_op(current->simdgroup, op, lane);
+    report_matrix_op(line.current->simdgroup, op, lane);
   }
 }
 

@@ -43,9 +43,9 @@ Fault fault(Kind kind) {
   what.space = space_none;
   what.buffer = INT32_MIN;
   what.op = what.thread = what.other_thread = what.threadgroup = what.other_threadgroup = -1;
-  if (current) {
-    what.thread = int32_t(current->thread_index);
-    what.threadgroup = int32_t(current->group->linear_threadgroup);
+  if (line.current) {
+    what.thread = int32_t(line.current->thread_index);
+    what.threadgroup = int32_t(line.current->group->linear_threadgroup);
   }
   return what;
 }

@@ -54,8 +54,17 @@ struct alignas(64) Thread {         // one cache line
   const Lanes* lanes;               // what its simdgroup's last exchange left
 };
 
-extern RT_EXPORT __attribute__((tls_model("initial-exec"))) __thread Thread* current;
-RT_INLINE Thread& self() { return *current; }
+// Who runs on this host thread, and who is ready after it. Behind the last one stands the host thread itself, so that
+// whoever waits need not ask whether there is a next.
+struct Line {
+  static constexpr uint32_t kPlaces = 2 * kMaxThreads;        // a ring: all threads and the host thread, and a power of two
+  static constexpr uint32_t kAhead = 2;
+  Thread* current;                                            // null: the host thread
+  uint32_t head, tail;
+  Thread* ready[kPlaces + kAhead];                            // none is null; the last kAhead are there to be looked at
+};
+extern RT_EXPORT __attribute__((tls_model("initial-exec"))) __thread Line line;
+RT_INLINE Thread& self() { return *line.current; }
 RT_INLINE unsigned simd_width() { return kSimdWidth; }
 
 // ---- switching ----------------------------------------------------------------------------------------------------
@@ -113,16 +122,34 @@ RT_INLINE RT_CONVERGENT void switch_context(Context* from, const Context* to) {
 #endif
 }
 
-// Who waits, and who goes on instead. Made by a call that returns, so that calls and returns stay paired, and then taken.
+// Who waits, and who goes on instead. Where a call makes one it returns, so that calls and returns stay paired, and then
+// the turn is taken.
 struct Turn {
   Thread *from, *to;
 };
+// The frames of 256 threads and more don't fit the first-level cache. Those of the thread after the next two are asked for
+// now: a matmul with one output a thread takes 0.65 ns a multiply-add so, and 0.95 without (1,024 threads, Xeon).
+RT_INLINE Turn next_turn() {
+  Turn turn = {line.current, line.ready[line.head]};
+  const char* frame = static_cast<const char*>(line.ready[line.head + Line::kAhead]->context.sp);
+  __builtin_prefetch(frame);
+  __builtin_prefetch(frame + 64);
+  line.head = (line.head + 1) % Line::kPlaces;
+  line.current = turn.to;
+  return turn;
+}
 RT_INLINE RT_CONVERGENT void take(Turn turn) { switch_context(&turn.from->context, &turn.to->context); }
 
 // ---- waiting ------------------------------------------------------------------------------------------------------
 // Flags are Metal's mem_flags: none 0, device 1, threadgroup 2, texture 4.
-RT_EXPORT RT_CONVERGENT Turn arrive_at_barrier(unsigned flags);
-RT_INLINE RT_CONVERGENT void threadgroup_barrier(unsigned flags) { take(arrive_at_barrier(flags)); }
+RT_EXPORT RT_CONVERGENT Turn arrive_at_barrier(unsigned flags);   // in checked builds, which note the flags
+RT_INLINE RT_CONVERGENT void threadgroup_barrier([[maybe_unused]] unsigned flags) {
+#if __has_feature(thread_sanitizer)
+  take(arrive_at_barrier(flags));
+#else
+  take(next_turn());
+#endif
+}
 
 // Lets every thread that is ready come as far as it can before this one goes on: lanes reach one place together, where all
 // come there. Not where a seed gives their order.

@@ -12,7 +12,7 @@
 
 namespace rt {
 
-__attribute__((tls_model("initial-exec"))) __thread Thread* current = nullptr;
+__attribute__((tls_model("initial-exec"))) __thread Line line = {};
 __attribute__((tls_model("initial-exec"))) __thread Scheduler* scheduler = nullptr;
 
 static void enter_fiber() { scheduler->fiber_main(); }
@@ -29,6 +29,7 @@ uint64_t Scheduler::random() {                                // splitmix64 (Ste
 void Scheduler::begin_launch(const Launch& launch) {
   launch_ = &launch;
   memset(&counts, 0, sizeof counts);
+  for (Thread*& place : line.ready) place = &host_;
   arena_next_ = arena_;
   region_count_ = used_bytes_ = 0;
   info_ = {};
@@ -97,7 +98,7 @@ void Scheduler::run(uint32_t linear) {
 void Scheduler::start_order() {
   uint32_t count = info_.thread_count;
   live_ = count;
-  started_ = head_ = tail_ = 0;
+  started_ = 0;
   random_ = launch_->seed * 0xD1342543DE82EF95u + info_.linear_threadgroup;
   for (unsigned s = 0; s < info_.simdgroup_count; s++) {
     simdgroups_[s].live = lanes_of(s);
@@ -111,10 +112,11 @@ void Scheduler::start_order() {
       uint16_t kept = order[s - 1];
       order[s - 1] = order[other], order[other] = kept;
     }
+  line.head = line.tail = 0;
   for (unsigned s = 0; s < info_.simdgroup_count; s++) push_lanes(order[s], simdgroups_[order[s]].live);
   for (uint32_t i = 0; i < count; i++) {
-    order_[i] = uint16_t(line_[i]->thread_index);
-    line_[i] = &host_;                                        // which gives a thread its fiber
+    order_[i] = uint16_t(line.ready[i]->thread_index);
+    line.ready[i] = &host_;                                   // which gives a thread its fiber
   }
 }
 
@@ -123,14 +125,14 @@ void Scheduler::start_order() {
 void Scheduler::push_lanes(unsigned simdgroup, uint32_t lanes) {
   uint32_t first = simdgroup * kSimdWidth;
   if (!launch_->seeded) {
-    for (; lanes; lanes &= lanes - 1) push(first + unsigned(__builtin_ctz(lanes)));
+    for (; lanes; lanes &= lanes - 1) push(threads_[first + unsigned(__builtin_ctz(lanes))]);
     return;
   }
   uint64_t draw = random();
   unsigned step = unsigned(draw & 31) | 1, shift = unsigned(draw >> 8) & 31;
   for (unsigned i = 0; i < kSimdWidth; i++) {
     unsigned lane = (i * step + shift) & 31;
-    if (lanes >> lane & 1) push(first + lane);
+    if (lanes >> lane & 1) push(threads_[first + lane]);
   }
 }
 
@@ -148,54 +150,49 @@ Fiber* Scheduler::take_fiber() {
   return fiber;
 }
 
-const Fiber* Scheduler::running_fiber() const { return current && current != &host_ ? fibers_[current->thread_index] : nullptr; }
-
-// The running thread waits, and the first in line goes on.
-inline __attribute__((always_inline)) Turn Scheduler::turn() {
-  Thread *from = current, *to = next();
-  current = to;
-  return {from, to};
+const Fiber* Scheduler::running_fiber() const {
+  return line.current && line.current != &host_ ? fibers_[line.current->thread_index] : nullptr;
 }
 
 Thread& Scheduler::begin(Fiber* fiber) {
   Thread& thread = threads_[order_[started_++]];
   fibers_[thread.thread_index] = fiber;
-  current = &thread;
+  line.current = &thread;
   return thread;
 }
 
 // The host thread's turns come where a thread hasn't begun yet, and when nobody is ready.
 void Scheduler::host_turns() {
-  next();                                                     // it stands first in line
+  next_turn();                                                // it stands first in line
   while (live_) {
-    current = nullptr;
+    line.current = nullptr;
     if (started_ < info_.thread_count) {
       Fiber* fiber = take_fiber();
       begin(fiber).context = fiber->begin(enter_fiber);
     } else {
+      line.head = line.tail;                                  // its turn came behind the last
       any_lane_waits() ? unstall() : release_barrier();
-      current = next();
+      next_turn();
     }
-    switch_context(&host_.context, &current->context);
+    switch_context(&host_.context, &line.current->context);
   }
-  current = nullptr;
+  line.current = nullptr;
 }
 
 // A fiber whose thread has ended takes one that hasn't begun, without any switch, and goes back to the pool otherwise.
 void Scheduler::fiber_main() {
   for (;;) {
-    Thread& thread = *current;
+    Thread& thread = *line.current;
     launch_->kernel->invoke(addresses_, thread);
     Fiber* fiber = fibers_[thread.thread_index];
     exited(thread);
-    Thread* to = next();
-    if (to == &host_ && started_ < info_.thread_count) {
+    Turn turn = next_turn();
+    if (turn.to == &host_ && started_ < info_.thread_count) {
       begin(fiber);
       continue;
     }
     fiber->next = pool_, pool_ = fiber;
-    current = to;
-    switch_context(&thread.context, &to->context);
+    take(turn);
   }
 }
 
@@ -213,7 +210,7 @@ void Scheduler::describe(Fault& what, const Thread& thread, bool other) const {
   (other ? what.other_thread : what.thread) = int32_t(thread.thread_index);
   if (!fibers_[thread.thread_index]) return;
   uint64_t* pcs = other ? what.other_pcs : what.pcs;
-  if (&thread == current) {                                   // not switched out: walk from here
+  if (&thread == line.current) {                              // not switched out: walk from here
     backtrace(__builtin_frame_address(0), pcs, kFrames);
     return;
   }
@@ -222,7 +219,7 @@ void Scheduler::describe(Fault& what, const Thread& thread, bool other) const {
 }
 
 void Scheduler::describe_waiting(Fault& what) const {
-  const Thread* thread = current && current != &host_ ? current : nullptr;
+  const Thread* thread = line.current && line.current != &host_ ? line.current : nullptr;
   for (uint32_t i = 0; i < started_ && !thread; i++)
     if (fibers_[order_[i]]) thread = &threads_[order_[i]];
   if (!thread || !fibers_[thread->thread_index] || !thread->context.pc) return;
@@ -232,20 +229,16 @@ void Scheduler::describe_waiting(Fault& what) const {
   what.pcs[1 + backtrace(thread->context.fp, what.pcs + 1, kFrames - 2)] = 0;
 }
 
-inline __attribute__((always_inline)) Turn Scheduler::barrier([[maybe_unused]] unsigned flags) {
-#ifdef ASSAY_CHECKED
-  flags_[current->thread_index] = flags;
-#endif
-  return turn();
+Turn arrive_at_barrier(unsigned flags) {
+  scheduler->note_barrier(flags);
+  return next_turn();
 }
-
-Turn arrive_at_barrier(unsigned flags) { return scheduler->barrier(flags); }
 
 // The running thread goes behind all others that are ready.
 Turn Scheduler::step() {
-  if (launch_->seeded) return {current, current};
-  push(current->thread_index);
-  return turn();
+  if (launch_->seeded) return {line.current, line.current};
+  push(*line.current);
+  return next_turn();
 }
 
 Turn arrive_in_step() { return scheduler->step(); }
@@ -264,13 +257,15 @@ void Scheduler::release_barrier() {
   look = true;
 #endif
   if (look) look_at_barrier();
-  head_ = tail_ = 0;
+  line.head = line.tail = 0;
   unsigned count = info_.simdgroup_count, start = 0;
   if (launch_->seeded) {
     start = unsigned(random() % count);
   } else if (live_ == info_.thread_count) {
-    for (uint32_t i = 0; i < live_; i++) line_[i] = &threads_[i];
-    tail_ = live_;
+    if (!in_order_)
+      for (uint32_t i = 0; i < live_; i++) push(threads_[i]);
+    line.tail = live_;
+    in_order_ = true;
     return;
   }
   for (unsigned s = 0; s < count; s++) push_lanes((start + s) % count, simdgroups_[(start + s) % count].live);
@@ -319,7 +314,7 @@ void Scheduler::look_at_barrier() {
 // ---- simdgroup exchanges ------------------------------------------------------------------------------------------
 
 Turn Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site) {
-  Thread& thread = *current;
+  Thread& thread = *line.current;
   Simdgroup& simdgroup = simdgroups_[thread.simdgroup];
   unsigned lane = thread.lane;
   simdgroup.uniform = !simdgroup.waiting || (simdgroup.uniform && simdgroup.sites[__builtin_ctz(simdgroup.waiting)] == site);
@@ -330,7 +325,7 @@ Turn Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned
   simdgroup.flags[lane] = uint8_t(flags);
   simdgroup.waiting |= 1u << lane;
   if (simdgroup.waiting == simdgroup.live) complete(thread.simdgroup);
-  return turn();
+  return next_turn();
 }
 
 Turn arrive_at_exchange(const void* value, unsigned size, unsigned op, unsigned flags) {

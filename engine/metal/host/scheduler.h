@@ -61,7 +61,7 @@ class Scheduler {
   void begin_launch(const Launch& launch);
   void run(uint32_t linear_threadgroup);
 
-  Turn barrier(unsigned flags);
+  void note_barrier(unsigned flags) { flags_[line.current->thread_index] = flags; }
   Turn step();
   Turn exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
   void matrix_op(uint64_t site);
@@ -77,10 +77,13 @@ class Scheduler {
  private:
   void shape(Vec3 threads);
   void start_order();
-  void push(uint32_t thread) { line_[tail_++ % kMaxThreads] = &threads_[thread]; }
+  void push(Thread& thread) {
+    line.ready[line.tail] = &thread;
+    line.tail = (line.tail + 1) % Line::kPlaces;
+    line.ready[line.tail] = &host_;
+    in_order_ = false;
+  }
   void push_lanes(unsigned simdgroup, uint32_t lanes);
-  Thread* next() { return __builtin_expect(head_ == tail_, 0) ? &host_ : line_[head_++ % kMaxThreads]; }
-  Turn turn();
   void host_turns();
   Thread& begin(Fiber* fiber);
   void exited(const Thread& thread);
@@ -108,9 +111,8 @@ class Scheduler {
   unsigned fibers_made_ = 0;
   Thread host_ = {.group = &info_};                           // the host thread itself, where it takes turns with threads
   uint32_t live_ = 0, started_ = 0;
+  bool in_order_ = false;                                     // the line begins with all threads, as they are numbered
   uint64_t random_ = 0;
-  uint32_t head_ = 0, tail_ = 0;
-  Thread* line_[kMaxThreads];                                 // who is ready, in turn: a ring
   Thread threads_[kMaxThreads];
   Fiber* fibers_[kMaxThreads] = {};                           // null before a thread begins and when it has ended
   uint16_t order_[kMaxThreads];                               // in which they begin
