@@ -193,8 +193,8 @@ class CacheSweep:
                 machine.apply(op)
             machine.finish()
         except Found as found:
-            return found.finding, machine.digest.hexdigest()[:16]
-        return None, machine.digest.hexdigest()[:16]
+            return found.finding, machine.look.digest.hexdigest()[:16]
+        return None, machine.look.digest.hexdigest()[:16]
 
     def machine(self, case: Mapping[str, Any]) -> Machine:
         """A fresh run of a case's program."""

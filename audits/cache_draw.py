@@ -12,7 +12,8 @@ from random import Random
 from typing import TYPE_CHECKING, Any
 
 from audits.cache_contents import Found
-from audits.cache_machine import Invalid, Live, Machine
+from audits.cache_look import Live
+from audits.cache_machine import Invalid, Machine
 from audits.cache_object import Lacks
 from audits.candidate import CandidateError
 from audits.contract import Finding
@@ -73,7 +74,7 @@ class _Program:
             return self.case, Finding(check="raises", message=str(error)), ""
         except Lacks:
             return None
-        return self.case, finding, machine.digest.hexdigest()[:16]
+        return self.case, finding, machine.look.digest.hexdigest()[:16]
 
     def _blank(self, option: Mapping[str, Any], dtype: str) -> dict[str, Any]:
         from audits.cache_contract import Plan

@@ -19,21 +19,18 @@ memory with another, or was to be copied later, is wrong only then.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from audits import cache_object as obj
 from audits.cache_contents import Contents, Found
-from audits.cache_judge import Fetch, judge, visible_places
+from audits.cache_look import Live, Look
 from audits.cache_model import Row, Rules, Sight, sight
-from audits.cache_values import KEY, VALUE, Label, Tokens
+from audits.cache_values import Label, Tokens
 from audits.candidate import Candidate, CandidateError
 from audits.contract import Finding
-from audits.frameworks import take
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Op = Mapping[str, Any]
@@ -41,21 +38,6 @@ Op = Mapping[str, Any]
 
 class Invalid(Exception):
     """An operation that makes no sense where it stands, such as one on a cache that isn't there."""
-
-
-@dataclass
-class Live:
-    """A candidate's cache beside its model.
-
-    fetched: arrays it returned, the places [B, S] in them that queries saw, and what they held.
-    """
-
-    cache: Any
-    rows: list[Row]
-    batched: bool
-    derived: bool = False  # not of the factory's class
-    fed: bool = False
-    fetched: list[tuple[Any, tuple[Array, Array], bytes]] = field(default_factory=list)
 
 
 class Machine:
@@ -69,9 +51,12 @@ class Machine:
         self.tokens = Tokens(
             seed=case["seed"], heads=case["heads"], dims=tuple(case["dims"]), group=group, dtype=case["dtype"]
         )
-        self.digest = hashlib.sha256()
         alone = {**self.options, "left_padding": [0]} if batched else self.options
         self.contents = Contents(candidate, self.tokens, self.bits, group, lambda: obj.make(candidate, alone))
+        self.look = Look(
+            framework=candidate.framework, options=self.options, rules=self.rules, bits=self.bits, tokens=self.tokens,
+            contents=self.contents,
+        )  # fmt: skip
         self.live: dict[int, Live] = {}
         padding = self.options.get("left_padding", [0] * case["batch"])
         cache = obj.make(candidate, self.options)
@@ -102,7 +87,7 @@ class Machine:
     def _feed(self, op: Op) -> None:
         live = self._on(op)
         self._update(live, op["n"], op.get("window"), bool(op.get("array")), None)
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _right_pad(self, op: Op) -> None:
         live = self._on(op)
@@ -119,7 +104,7 @@ class Machine:
             done += n
         obj.call("finalize", live.cache.finalize)
         live.fetched.clear()
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _left_pad(self, op: Op) -> None:
         live = self._on(op)
@@ -129,7 +114,7 @@ class Machine:
         obj.call("prepare", lambda: live.cache.prepare(left_padding=list(op["left_padding"])))
         for row, p in zip(live.rows, op["left_padding"], strict=True):
             row.padding += p
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _trim(self, op: Op) -> None:
         live, n = self._on(op), op["n"]
@@ -154,7 +139,7 @@ class Machine:
             raise Found(Finding(check="trim", message=f"trim({n}) of {held} tokens returns {did}"))
         for row in live.rows:
             row.tokens = row.tokens[: len(row.tokens) - did]
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _trim_front(self, op: Op) -> None:
         live = self._on(op)
@@ -163,7 +148,7 @@ class Machine:
         for row in live.rows:
             row.dropped = max(row.dropped, len(row.tokens) - (self.rules.chunk_size or 0))
         live.fetched.clear()
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _restore(self, op: Op) -> None:
         live = self._on(op)
@@ -203,7 +188,7 @@ class Machine:
         live.rows = [live.rows[i].copy(f"{live.rows[i].name} ({j})" if i in repeated else None)
                      for j, i in enumerate(kept)]  # fmt: skip
         live.fetched.clear()
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _extend(self, op: Op) -> None:
         live, other = self._on(op), self._on(op, "with")
@@ -216,7 +201,7 @@ class Machine:
         live.fetched.clear()
         del self.live[op["with"]]
         self._disturb(other)
-        self._check_counts(live)
+        self.look.counts(live)
 
     def _extract(self, op: Op) -> None:
         live = self._on(op)
@@ -262,7 +247,7 @@ class Machine:
             raise Invalid(f"there is a cache {op['as']}")
         self.live[op["as"]] = made
         if check:
-            self._check_counts(made)
+            self.look.counts(made)
 
     def _update(self, live: Live, n: int, window: int | None, array: bool, limits: Sequence[int] | None) -> None:
         """One chunk of n columns; rows get padding where they are inside it, or past their limit."""
@@ -285,94 +270,9 @@ class Machine:
         ]
         if not has_mask and n > 1:  # a window that nobody asked it for
             sights = [Sight(s.queries, s.must, _causal(*s.may.shape)) for s in sights]
-        seen = self._judge(live, fetched, mask, sights, (keys.shape, values.shape))
+        seen = self.look.fetch(live, fetched, mask, sights, (keys.shape, values.shape))
         rows, columns = np.nonzero(seen)
-        self._keep_fetched(live, fetched, (rows, columns))
-
-    def _judge(
-        self, live: Live, fetched: tuple[Any, Any], mask: Any, sights: Sequence[Sight], shapes: tuple[Any, Any]
-    ) -> Array:
-        """Found if something is wrong with a fetch; the places [B, S] that some query saw."""
-        found = []
-        for x, shape, name in zip(fetched, shapes, ("keys", "values"), strict=True):
-            full, parts, finding = obj.dense(x, self.bits, self.tokens.dtype)
-            if finding is not None:
-                raise Found(Finding(check=finding.check, message=f"{name}: {finding.message}"))
-            if full.ndim != 4 or (*full.shape[:2], full.shape[3]) != (*shape[:2], shape[3]):
-                expected = [*shape[:2], "S", shape[3]]
-                raise Found(Finding(check="shape", message=f"{name} are {list(full.shape)}, expected {expected}"))
-            found.append((full, parts))
-            for part in parts or (full,):
-                self.digest.update(np.ascontiguousarray(part).tobytes())
-        (keys, key_parts), (values, value_parts) = found
-        for x, name in ((keys, "keys"), (values, "values")):
-            if not np.isfinite(x.astype(np.float32, copy=False)).all():
-                message = (
-                    f"{name} hold NaN or infinity, which attention turns into NaN even where it gives them no weight"
-                )
-                raise Found(Finding(check="finite", message=message))
-        if keys.shape[2] != values.shape[2]:
-            message = f"{keys.shape[2]} keys are returned, but {values.shape[2]} values"
-            raise Found(Finding(check="shape", message=message))
-        if isinstance(mask, np.ndarray):
-            self.digest.update(np.ascontiguousarray(mask).tobytes())
-        visible = visible_places(mask, (*keys.shape[:2], shapes[0][2], keys.shape[2]))
-        if isinstance(visible, Finding):
-            raise Found(visible)
-        finding, serials = judge(Fetch(keys, values, visible), live.rows, sights, self.tokens)
-        if finding is not None:
-            raise Found(finding)
-        seen = np.stack([visible[b][s.queries].any(0) for b, s in enumerate(sights)])
-        for kind, full, parts in ((KEY, keys, key_parts), (VALUE, values, value_parts)):
-            self.contents.check(kind, full, parts, serials[kind], seen, live.rows)
-        return seen
-
-    def _keep_fetched(self, live: Live, fetched: tuple[Any, Any], seen: tuple[Array, Array]) -> None:
-        """What was seen in arrays that were returned stays as it is while tokens are only appended.
-
-        A ring that has wrapped, and trimming, may reuse their memory: attention is done with them by then.
-        """
-        for x, places, before in live.fetched:
-            if _at(x, places) != before:
-                message = "arrays that an earlier update returned have changed, though tokens were only appended"
-                raise Found(Finding(check="fetched unchanged", message=message))
-        size = self.rules.max_size
-        if size is not None and max(len(row.tokens) for row in live.rows) >= size:
-            live.fetched.clear()
-        elif self.candidate.framework != "mlx":
-            arrays = [x for part in fetched for x in (part if isinstance(part, tuple | list) else (part,))]
-            live.fetched = [*live.fetched[-2:], *((x, seen, _at(x, seen)) for x in arrays)]
-
-    def _check_counts(self, live: Live) -> None:
-        """offset, size, empty, and the options that the cache shows as attributes."""
-        cache = live.cache
-        if obj.has(cache, "offset"):
-            actual, expected = obj.offsets(cache), [row.offset for row in live.rows]
-            if actual != (expected if live.batched else expected[:1]):
-                shown = expected if live.batched else expected[0]
-                message = f"offset is {actual if live.batched else actual[0]}, expected {shown}"
-                raise Found(Finding(check="offset", message=message))
-        longest = max(len(row.tokens) - row.dropped for row in live.rows)
-        if longest and obj.has(cache, "empty") and obj.call("empty", cache.empty):
-            raise Found(Finding(check="empty", message=f"empty() says True of {longest} tokens"))
-        if obj.has(cache, "size"):
-            self._check_size(live, obj.call("size", cache.size), longest)
-        for name, expected in self.options.items():
-            if name != "left_padding" and not callable(getattr(cache, name, None)):
-                actual = getattr(cache, name, expected)
-                if actual != expected:
-                    raise Found(Finding(check="options", message=f"{name} has become {actual}, it was {expected}"))
-
-    def _check_size(self, live: Live, size: int, longest: int) -> None:
-        """0 (mlx-lm's caches needn't tell), or the columns that the next token could see, padding included."""
-        if size == 0:
-            return
-        cap = self.rules.max_size
-        low = longest if cap is None else min(longest, cap)
-        high = len(self.tokens.labels) + max(row.padding for row in live.rows)
-        high = max(low, high if live.batched else longest if cap is None else cap)
-        if not low <= size <= high:
-            raise Found(Finding(check="size", message=f"size() is {size} of {longest} tokens"))
+        self.look.keep(live, fetched, (rows, columns))
 
     def _disturb(self, live: Live) -> None:
         """Feed a cache whose rows were taken over: they must not notice. What it does with that is its own affair."""
@@ -404,11 +304,6 @@ def _labels(row: Row, places: Sequence[bool]) -> list[Label]:
 def _causal(queries: int, tokens: int) -> Array:
     """Which tokens the last `queries` of them may see."""
     return np.arange(tokens) <= np.arange(tokens - queries, tokens)[:, None]
-
-
-def _at(x: Any, places: tuple[Array, Array]) -> bytes:
-    """The bytes of an array [B, H, S, ·] in some of its places [B, S]."""
-    return take(x)[places[0], :, places[1]].tobytes()
 
 
 def _told(op: Op) -> str:
