@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
+import pytest
 
 from engine import caches
 from engine.caches.layer import LayerCache
@@ -171,3 +172,25 @@ def random_tokens(B: int, n: int, dtype: mx.Dtype = mx.float32, seed: int = 0) -
     rng = np.random.default_rng(seed)
     keys, values = (mx.array(rng.standard_normal((B, HEADS, n, w)).astype(np.float32)) for w in (DK, DV))
     return keys.astype(dtype), values.astype(dtype)
+
+
+by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+
+
+def lived(kind: Kind) -> Any:
+    """A batch of three rows that has been prefilled, finalised, decoded and filtered."""
+    cache, rows = kind.batch([0, 0, 0, 0]), [Row(i) for i in range(4)]
+    cache.prepare(lengths=[9, 2, 5, 7], right_padding=[0, 7, 4, 2])
+    feed(cache, rows, [[c < n for c in range(6)] for n in (9, 2, 5, 7)], kind)
+    feed(cache, rows, [[c < n for c in range(6, 9)] for n in (9, 2, 5, 7)], kind)
+    cache.finalize()
+    feed(cache, rows, [[True]] * 4, kind)
+    cache.filter([3, 0, 1])
+    return cache, [rows[i] for i in (3, 0, 1)]
+
+
+def alone(kind: Kind) -> Any:
+    cache, row = kind.single(), Row(5)
+    for n in (7, 1, 4, 1):
+        feed(cache, [row], [[True] * n], kind)
+    return cache, [row]

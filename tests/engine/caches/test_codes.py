@@ -10,9 +10,7 @@ import pytest
 
 from engine import caches
 from engine.caches.batched import BATCHED
-from tests.engine.caches.oracle import KINDS, random_tokens, same
-
-by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+from tests.engine.caches.oracle import random_tokens, same
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 6, 8])

@@ -9,9 +9,7 @@ import mlx.core as mx
 import pytest
 
 from engine import caches
-from tests.engine.caches.oracle import KINDS, Kind, random_tokens
-
-by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+from tests.engine.caches.oracle import Kind, by_kind, random_tokens
 
 
 def decoded_nodes(cache: Any, B: int, steps: int) -> list[int]:

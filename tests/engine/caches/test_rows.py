@@ -15,9 +15,7 @@ import pytest
 from engine.caches import batched, layer, slots
 from engine.caches.batched import BatchCache
 from engine.caches.layer import LayerCache
-from tests.engine.caches.oracle import KINDS, Kind, Row, feed
-
-by_kind = pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.name)
+from tests.engine.caches.oracle import KINDS, Kind, Row, by_kind, feed
 
 
 @pytest.fixture(autouse=True)
