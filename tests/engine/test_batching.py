@@ -1,8 +1,7 @@
-"""Continuous batching against each request alone: joining and leaving, chunks, penalties, draws, prefixes, memory."""
+"""Continuous batching against each request alone: joining and leaving, chunks, penalties, draws, prefixes."""
 
 from __future__ import annotations
 
-import gc
 import io
 import itertools
 from pathlib import Path
@@ -13,7 +12,6 @@ import numpy as np
 import pytest
 
 import engine
-from engine import generate
 from engine.batching import Batcher, Event, Sampling
 from engine.caches.batched import BatchCache
 from engine.generate import Engine
@@ -203,28 +201,6 @@ def test_generate_refuses_and_ends_as_the_batcher_does(model: Engine) -> None:
     assert spied.engine.generate([1, 2], max_tokens=4) == model.generate([1, 2], max_tokens=2)
 
 
-def test_generating_holds_no_graph_of_the_steps_before(
-    model: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Greedy and counted: nothing but the rows themselves needs the keys and the counts of every step."""
-
-    class Kept(Rows):
-        def __init__(self, *args: Any, **options: Any) -> None:
-            super().__init__(*args, **options)
-            kept.append(self)
-
-    kept: list[Rows] = []
-    monkeypatch.setattr(generate, "Rows", Kept)
-
-    def nodes(n: int) -> int:
-        model.generate(PROMPTS[1], max_tokens=n, sampling=Sampling(frequency=0.1))
-        return held(kept[-1], tmp_path)
-
-    assert nodes(40) == nodes(10)
-    monkeypatch.setattr(Kept, "state", [])
-    assert nodes(40) >= nodes(10) + 30
-
-
 def test_penalties_are_taken_in_float32_whatever_the_run(model: Engine) -> None:
     """256 − 0.9 in bfloat16 is 255, a tie that goes to the other token."""
     request = Request(number=1, prompt=[1], max_tokens=1, stop=frozenset(), sampling=Sampling(presence=0.9))
@@ -321,58 +297,6 @@ def test_a_row_decodes_in_the_step_of_its_last_chunk_and_no_chunk_waits(model: E
         mx.export_to_dot(graph, *(x for cache in batcher._joining.rows.caches for x in cache._slots.arrays))
         assert "rectangle" not in graph.getvalue(), "a chunk is yet to be computed"
     assert [event.token for event in batcher.step()] == model.generate(PROMPTS[6], max_tokens=1)
-
-
-def held(rows: Rows, tmp_path: Path) -> int:
-    """Nodes of the graph that the rows' state still hangs on."""
-    assert rows._counts is not None
-    mx.export_to_dot(str(tmp_path / "graph"), rows._keys, rows._counts.array, *(c.state[0] for c in rows.caches))
-    return (tmp_path / "graph").read_text().count("label")
-
-
-def growth(model: Engine, tmp_path: Path) -> tuple[int, int]:
-    """Graph nodes and active bytes that 220 steps of two rows add, within the first 256 slots of the caches."""
-    batcher, seen = Batcher(model), []
-    for seed in (1, 2):
-        # Greedy, so that no draw needs the keys; and counted.
-        batcher.add(PROMPTS[2], max_tokens=240, sampling=Sampling(seed=seed, frequency=0.1))
-    for step in range(231):
-        batcher.step()
-        if step in (10, 230):
-            seen.append((held(batcher._rows, tmp_path), mx.get_active_memory()))
-    (nodes, size), (more, larger) = seen
-    return more - nodes, larger - size
-
-
-def test_no_graph_grows_with_the_steps(model: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes, size = growth(model, tmp_path)
-    assert nodes == 0
-    assert size < 220, f"{size} bytes in 220 steps"
-
-    def forgetful(self: Rows, *more: mx.array) -> None:
-        """The planted fault: whatever the token doesn't need waits."""
-        mx.eval(*more, [cache.state for cache in self.caches])
-
-    monkeypatch.setattr(Rows, "evaluate", forgetful)
-    nodes, _ = growth(model, tmp_path)
-    assert nodes >= 220
-
-
-def test_memory_of_rows_that_left_is_released(model: Engine) -> None:
-    long = [int(x) for x in np.random.default_rng(1).integers(0, 61, 600)]
-    gc.collect()
-    before = mx.get_active_memory()
-    batcher = Batcher(model, chunk=100)
-    batcher.add(long, max_tokens=3)
-    batcher.add(PROMPTS[1], max_tokens=40)
-    while not any(event.reason for event in batcher.step()):
-        pass
-    # At once, with the step that ended it.
-    # Keys and values of the full layer, Hkv = 2 and Dh = 8 in float32, in whole steps of 256; and a window of 5.
-    one_row = 2 * 2 * 8 * 4 * 256 * 2
-    assert mx.get_active_memory() - before < one_row + 16384
-    batcher.complete()
-    assert mx.get_active_memory() - before < 4096
 
 
 def test_prefixes_warm_a_batch_and_change_nothing(model: Engine, coded: Engine, tmp_path: Path) -> None:
