@@ -60,6 +60,10 @@ _ARITHMETIC = ("-ffp-contract=off", "-fno-fast-math", "-fno-math-errno")
 # carries sums across the switch at a barrier, where nothing keeps their terms in registers (one output a thread: 1.26
 # ns with it, 0.97 without, everything else being equal).
 _TUNING = ("-fno-vectorize", "-mllvm", "-enable-misched=0")
+# Lanes that part go on in the order of their sites' addresses (host/scheduler.cpp): no block may be laid before one
+# that leads to it, however likely the way round that one is, and no tail be copied. Checked code is slower for it.
+_SITE = re.compile(r"\b(?:simd|quad)_\w+\s*[(<]")
+_LAYOUT = ("-mllvm", "-static-likely-prob=100", "-mllvm", "-tail-dup-placement=false")
 # A call must not be duplicated into both sides of a branch on the thread's index: its lanes would no longer meet.
 # Passes that run before inlining see only the user's and the shim's functions around the runtime's, so all are marked.
 _CONVERGENT = ("-fconvergent-functions",)
@@ -263,6 +267,7 @@ def module(text: str, *, checked: bool) -> Path:
         *_COMMON,
         *_ARITHMETIC,
         *_TUNING,
+        *(_LAYOUT if _SITE.search(text) else ()),
         *_CONVERGENT,
         *_target_flags(checked),
         "-fPIC",

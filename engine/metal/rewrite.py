@@ -17,6 +17,7 @@ from engine.metal.declarations import Function
 from engine.metal.errors import CompileError
 from engine.metal.graphics import left_out
 from engine.metal.lockstep import keep_step
+from engine.metal.loops import know_loops
 from engine.metal.own_arrays import own_arrays
 from engine.metal.parameters import Parameter, parameters
 from engine.metal.source import (
@@ -57,6 +58,7 @@ def rewrite(source: Source, kernels: Sequence[KernelDeclaration], values: Mappin
     swizzles(source)
     keep_step(source)
     own_arrays(source)
+    know_loops(source)
     for function in source.scanner.found.functions:
         if is_kernel(source, function):
             source.tokens[function.start].text = "inline " + source.tokens[function.start].text

@@ -156,6 +156,21 @@ RT_INLINE RT_CONVERGENT void threadgroup_barrier([[maybe_unused]] unsigned flags
 RT_EXPORT RT_CONVERGENT Turn arrive_in_step();
 RT_INLINE RT_CONVERGENT void keep_step() { take(arrive_in_step()); }
 
+// A loop that has simd functions in it, for as long as the thread is in it (loops.py): the scheduler lets lanes that are in
+// a loop go before those that are behind it and, where lanes may be in different turns of it, those in the earlier turn.
+struct Loop;
+RT_EXPORT RT_CONVERGENT void enter_loop(Loop& loop);
+RT_EXPORT RT_CONVERGENT void leave_loop(const Loop& loop);
+struct Loop {
+  const Loop* outer;
+  uint64_t site;                                              // where it was entered: tells apart what inlining has made two of
+  uint64_t turn = 0;
+  bool counts;                                                // its turns; else all that are in it are in the same
+  RT_INLINE RT_CONVERGENT explicit Loop(bool that_counts) : counts(that_counts) { enter_loop(*this); }
+  RT_INLINE RT_CONVERGENT ~Loop() { leave_loop(*this); }
+  Loop(const Loop&) = delete;
+};
+
 // Names an operation in reports, and says whether a missing lane makes its result undefined.
 enum Op : unsigned {
   op_reduce, op_scan, op_vote, op_broadcast_first,            // defined over whichever lanes are active

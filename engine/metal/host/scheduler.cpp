@@ -1,7 +1,8 @@
 // The scheduler of one threadgroup. A thread runs until it waits or ends; then the next one in line runs. The host thread
 // has turns of its own: it begins threads, and when nobody is ready it completes what nobody else can any more. Lanes of
-// a simdgroup that diverged proceed in the order of their call sites, which brings them together again where their paths
-// meet, and a threadgroup barrier needs live threads only. Both are reported where Metal leaves them undefined.
+// a simdgroup that diverged proceed in the order of their turns of loops and of their call sites, which brings them
+// together again where their paths meet, and a threadgroup barrier needs live threads only. Both are reported where Metal
+// leaves them undefined.
 #include "scheduler.h"
 
 #include <string.h>
@@ -102,7 +103,7 @@ void Scheduler::start_order() {
   random_ = launch_->seed * 0xD1342543DE82EF95u + info_.linear_threadgroup;
   for (unsigned s = 0; s < info_.simdgroup_count; s++) {
     simdgroups_[s].live = lanes_of(s);
-    simdgroups_[s].waiting = 0;
+    simdgroups_[s].waiting = simdgroups_[s].counting = 0;
   }
   uint16_t order[kMaxThreads / kSimdWidth];
   for (unsigned s = 0; s < info_.simdgroup_count; s++) order[s] = uint16_t(s);
@@ -157,6 +158,7 @@ const Fiber* Scheduler::running_fiber() const {
 Thread& Scheduler::begin(Fiber* fiber) {
   Thread& thread = threads_[order_[started_++]];
   fibers_[thread.thread_index] = fiber;
+  loops_[thread.thread_index] = nullptr;
   line.current = &thread;
   return thread;
 }
@@ -317,7 +319,10 @@ Turn Scheduler::exchange(const void* value, unsigned size, unsigned op, unsigned
   Thread& thread = *line.current;
   Simdgroup& simdgroup = simdgroups_[thread.simdgroup];
   unsigned lane = thread.lane;
-  simdgroup.uniform = !simdgroup.waiting || (simdgroup.uniform && simdgroup.sites[__builtin_ctz(simdgroup.waiting)] == site);
+  unsigned first = simdgroup.waiting ? unsigned(__builtin_ctz(simdgroup.waiting)) : lane;
+  bool joins = simdgroup.uniform && simdgroup.sites[first] == site;
+  if (__builtin_expect(simdgroup.counting != 0, 0)) joins = joins && in_step(thread.simdgroup, lane, first);
+  simdgroup.uniform = joins || !simdgroup.waiting;
   simdgroup.sites[lane] = site;
   simdgroup.values[lane] = value;
   simdgroup.sizes[lane] = size;
@@ -332,21 +337,75 @@ Turn arrive_at_exchange(const void* value, unsigned size, unsigned op, unsigned 
   return scheduler->exchange(value, size, op, flags, reinterpret_cast<uint64_t>(__builtin_return_address(0)));
 }
 
-// Completes the exchange of all that wait at one site. Of several sites the lowest address goes first, so that lanes in
-// a loop run it to its end before those that wait behind it (minimal-PC reconvergence: Collange, HAL-00622654).
+// ---- loops --------------------------------------------------------------------------------------------------------
+
+void enter_loop(Loop& loop) {
+  loop.site = reinterpret_cast<uint64_t>(__builtin_return_address(0));
+  scheduler->enter(loop);
+}
+
+void leave_loop(const Loop& loop) { scheduler->leave(loop); }
+
+void Scheduler::enter(Loop& loop) {
+  const Loop*& innermost = loops_[line.current->thread_index];
+  loop.outer = innermost, innermost = &loop;
+  simdgroups_[line.current->simdgroup].counting += loop.counts;
+}
+
+void Scheduler::leave(const Loop& loop) {
+  loops_[line.current->thread_index] = loop.outer;
+  simdgroups_[line.current->simdgroup].counting -= loop.counts;
+}
+
+bool Scheduler::in_step(unsigned index, unsigned lane, unsigned other) const {
+  const Loop *a = loops_[index * kSimdWidth + lane], *b = loops_[index * kSimdWidth + other];
+  while (a && b && a->site == b->site && a->turn == b->turn) a = a->outer, b = b->outer;
+  return !a && !b;
+}
+
+bool Scheduler::together(unsigned index, unsigned lane, unsigned other) const {
+  return simdgroups_[index].sites[lane] == simdgroups_[index].sites[other] && in_step(index, lane, other);
+}
+
+// Which of two lanes goes first: in a loop that both are in the one in the earlier turn, the outermost loop deciding, and
+// else the one whose place has the lower address, a loop being where it was entered.
+bool Scheduler::before(unsigned index, unsigned lane, unsigned other) const {
+  constexpr unsigned kDeepest = 16;
+  struct Way {
+    unsigned depth = 0;
+    const Loop* loops[kDeepest];
+    uint64_t site;
+    uint64_t place(unsigned level) const { return level < depth ? loops[level]->site : site; }
+  };
+  auto way = [&](unsigned which) {                            // from the outermost loop inwards; what lies too deep is left out
+    Way found;
+    const Loop* innermost = loops_[index * kSimdWidth + which];
+    for (const Loop* loop = innermost; loop; loop = loop->outer) found.depth++;
+    unsigned level = found.depth;
+    for (const Loop* loop = innermost; loop; loop = loop->outer)
+      if (--level < kDeepest) found.loops[level] = loop;
+    if (found.depth > kDeepest) found.depth = kDeepest;
+    found.site = simdgroups_[index].sites[which];
+    return found;
+  };
+  Way a = way(lane), b = way(other);
+  unsigned level = 0;
+  for (; level < a.depth && level < b.depth && a.loops[level]->site == b.loops[level]->site; level++)
+    if (a.loops[level]->turn != b.loops[level]->turn) return a.loops[level]->turn < b.loops[level]->turn;
+  return a.place(level) < b.place(level);
+}
+
+// Completes the exchange of all that wait at one site in one turn. Of several sites the lowest address goes first, so that
+// lanes in a loop run it to its end before those that wait behind it (minimal-PC reconvergence: Collange, HAL-00622654).
 void Scheduler::complete(unsigned index) {
   Simdgroup& simdgroup = simdgroups_[index];
   uint32_t group = simdgroup.waiting;
   if (!simdgroup.uniform) {
-    uint64_t lowest = UINT64_MAX;
-    for (uint32_t left = simdgroup.waiting; left; left &= left - 1) {
-      uint64_t site = simdgroup.sites[__builtin_ctz(left)];
-      if (site < lowest) lowest = site;
-    }
-    for (uint32_t left = simdgroup.waiting; left; left &= left - 1) {
-      unsigned lane = unsigned(__builtin_ctz(left));
-      if (simdgroup.sites[lane] != lowest) group &= ~(1u << lane);
-    }
+    unsigned first = unsigned(__builtin_ctz(group));
+    for (uint32_t left = simdgroup.waiting; left; left &= left - 1)
+      if (before(index, unsigned(__builtin_ctz(left)), first)) first = unsigned(__builtin_ctz(left));
+    for (uint32_t left = simdgroup.waiting; left; left &= left - 1)
+      if (!together(index, unsigned(__builtin_ctz(left)), first)) group &= ~(1u << __builtin_ctz(left));
   }
   check_participation(simdgroup, index, group);
   [[maybe_unused]] unsigned flags = ~0u;
@@ -373,7 +432,7 @@ void Scheduler::complete(unsigned index) {
   simdgroup.uniform = true;                                   // of those left: looked at again when the next one arrives
   if (simdgroup.waiting)
     for (uint32_t left = simdgroup.waiting; left; left &= left - 1)
-      simdgroup.uniform &= simdgroup.sites[__builtin_ctz(left)] == simdgroup.sites[__builtin_ctz(simdgroup.waiting)];
+      simdgroup.uniform &= together(index, unsigned(__builtin_ctz(left)), unsigned(__builtin_ctz(simdgroup.waiting)));
   push_lanes(index, group);
 }
 

@@ -33,6 +33,7 @@ struct MatrixOps {
 
 struct Simdgroup {
   uint32_t live, waiting;                                     // one bit a lane
+  uint32_t counting;                                          // loops that count turns and that its lanes are in
   bool uniform;                                               // all that wait came to the same site
   uint64_t sites[kSimdWidth];
   uint8_t ops[kSimdWidth];
@@ -64,6 +65,8 @@ class Scheduler {
   void note_barrier(unsigned flags) { flags_[line.current->thread_index] = flags; }
   Turn step();
   Turn exchange(const void* value, unsigned size, unsigned op, unsigned flags, uint64_t site);
+  void enter(Loop& loop);
+  void leave(const Loop& loop);
   void matrix_op(uint64_t site);
   void* local(const Site& site, size_t size, size_t align, LayoutOf layout);
   void fiber_main();
@@ -94,6 +97,9 @@ class Scheduler {
   void release_barrier();
   bool sites_differ() const;
   void look_at_barrier();
+  bool in_step(unsigned simdgroup, unsigned lane, unsigned other) const;  // in the same turns of all loops
+  bool together(unsigned simdgroup, unsigned lane, unsigned other) const;  // in step, and at one site
+  bool before(unsigned simdgroup, unsigned lane, unsigned other) const;
   void complete(unsigned simdgroup);
   void check_participation(const Simdgroup& simdgroup, unsigned index, uint32_t group);
   void compare_matrix_ops(unsigned simdgroup);                // all its lanes have met, or ended
@@ -116,6 +122,7 @@ class Scheduler {
   Thread threads_[kMaxThreads];
   Fiber* fibers_[kMaxThreads] = {};                           // null before a thread begins and when it has ended
   uint16_t order_[kMaxThreads];                               // in which they begin
+  const Loop* loops_[kMaxThreads] = {};                       // the innermost that each is in
   uint32_t flags_[kMaxThreads];                               // of the barrier that each waits at, in checked builds
   Simdgroup simdgroups_[kMaxThreads / kSimdWidth];
   MatrixOps matrix_ops_[kMaxThreads / kSimdWidth] = {};       // in checked builds

@@ -445,3 +445,72 @@ def test_a_launch_costs_well_under_a_millisecond(lib: Library) -> None:
     kernel = lib["scale"]
     times = [kernel.launch({0: x, 1: y, 2: args}, threadgroups=2, threads=32).stats.wall_seconds for _ in range(200)]
     assert sorted(times)[100] < 5e-4
+
+
+PARTING = r"""
+#include <metal_stdlib>
+using namespace metal;
+constant uint n [[function_constant(0)]];
+#define KERNEL(name) kernel void name(device uint* out, uint i [[thread_index_in_simdgroup]])
+
+KERNEL(skips) {
+  uint sum = 0;
+  for (uint j = 0; j < n; j++) { sum += simd_sum(1u); if (i < 16) sum += 100 * simd_sum(1u); }
+  out[i] = sum;
+}
+KERNEL(goes_on) {
+  uint sum = 0;
+  for (uint j = 0; j < n; j++) { if (i == j) continue; sum += simd_sum(1u); }
+  out[i] = sum;
+}
+KERNEL(nested) {
+  uint sum = 0, j = 0;
+  while (j++ < n)
+    for (uint k = 0; k <= i % 5; k++)
+      if (i % 2 == 0) sum += simd_sum(1u);
+      else { uint m = 0; do sum += 100 * simd_sum(1u); while (++m <= i % 3); }
+  out[i] = sum;
+}
+uint counted(uint i, uint sum) { return i % 2 ? sum + simd_sum(1u) : sum; }
+KERNEL(calls) {
+  uint sum = 0;
+  for (uint j = 0; j < n; j++) { sum = counted(i + j, sum); sum = counted(i / 2, sum); }
+  out[i] = sum;
+}
+// The compiler thinks the middle one unlikely, and the loop can be laid behind what follows it.
+KERNEL(early) {
+  uint sum = simd_sum(1u);
+  if (i == 7) { sum += simd_sum(1u); if (sum == 77) { out[i] = 0; return; } }
+  if (i % 2 == 0) { for (uint j = 0; j < i % 4; j++) sum += 10 * simd_sum(1u); }
+  out[i] = sum + 1000 * simd_sum(1u);
+}
+"""
+
+
+@pytest.mark.parametrize("seed", [None, 3])
+@pytest.mark.parametrize("checked", [False, True])
+def test_lanes_that_part_in_a_loop_meet_at_the_end_of_each_turn(checked: bool, seed: int | None) -> None:
+    n, lanes = 3, np.arange(32)
+    lib = compile(PARTING, constants={"n": n}, checked=checked)
+    nested = np.zeros(32, np.int64)
+    for k in range(5):
+        active = (lanes % 2 == 0) & (k <= lanes % 5)
+        nested[active] += n * active.sum()
+        for m in range(3):
+            active = (lanes % 2 == 1) & (k <= lanes % 5) & (m <= lanes % 3)
+            nested[active] += n * 100 * active.sum()
+    calls = np.zeros(32, np.int64)
+    for j in range(n):
+        for odd in ((lanes + j) % 2 == 1, lanes // 2 % 2 == 1):
+            calls[odd] += odd.sum()
+    expected = {
+        "skips": np.where(lanes < 16, n * (32 + 1600), n * 32),
+        "goes_on": np.where(lanes < n, (n - 1) * 31, n * 31),
+        "nested": nested,
+        "calls": calls,
+        "early": 32 + (lanes == 7) + np.where(lanes % 4 == 2, 2 * 10 * 8, 0) + 32000,
+    }
+    for name, sums in expected.items():
+        out = np.zeros(32, np.uint32)
+        run = lib[name].launch({0: out}, threadgroups=1, threads=32, schedule_seed=seed)
+        assert (run.faults, out.tolist()) == ((), sums.tolist()), name
