@@ -59,6 +59,7 @@ def rewrite(source: Source, kernels: Sequence[KernelDeclaration], values: Mappin
     keep_step(source)
     own_arrays(source)
     know_loops(source)
+    _settled_branches(source)
     for function in source.scanner.found.functions:
         if is_kernel(source, function):
             source.tokens[function.start].text = "inline " + source.tokens[function.start].text
@@ -212,6 +213,26 @@ def _drop_duplicates(source: Source) -> None:
         if "<" in head[2] and head in specialised:
             _blank(source, found.first, found.end)
         specialised.add(head)
+
+
+# ---- branches that templates settle ------------------------------------------------------------------------------
+
+
+def _settled_branches(source: Source) -> None:
+    """`if (Flag)` on a template's bool parameter becomes `if constexpr`: the branch not taken isn't instantiated.
+
+    Metal converts a bfloat to an integer without being asked, and C++ can't convert it both ways (msl/bfloat.h); where
+    one text serves values and indices (MLX's sort), the branch not taken is where such conversions are.
+    """
+    found = source.scanner.found
+    templates = [(f.first, f.start, f.end) for f in found.functions] + [(c.first, c.key, c.end) for c in found.classes]
+    for first, header_end, end in templates:
+        header = [token.was for token in source.tokens[first:header_end]]
+        flags = {header[at + 1] for at in range(len(header) - 1) if header[at] == "bool"} - {",", ">", "=", "..."}
+        for at in range(header_end, end) if flags else ():
+            condition = [source.scanner.word(at + n) for n in range(1, 4)]
+            if source.tokens[at].was == "if" and condition[0] == "(" and condition[1] in flags and condition[2] == ")":
+                source.tokens[at].text = source.tokens[at].text.replace("if", "if constexpr")
 
 
 # ---- threadgroup variables ----------------------------------------------------------------------------------------

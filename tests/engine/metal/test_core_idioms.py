@@ -1,5 +1,6 @@
 """The idioms of llama.cpp's and ds4's kernels: byte pointers, quantised blocks, functions as template arguments."""
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -127,3 +128,34 @@ def test_volatile_vectors(lib: Library) -> None:
     sums = 2 * (swapped[:, 0] + swapped[:, 3]) + x[:, 0] + x[:, 3] + swapped[:, 1]
     np.testing.assert_array_equal(out, np.stack([0 * sums, 0 * sums, sums, 0 * sums], -1))
     assert run.faults == ()
+
+
+SORTED = r"""
+#include <metal_stdlib>
+using namespace metal;
+template <typename T, typename U, bool INDICES>
+struct Pick {
+  static void store(device const T* in, device U* out, uint i) {
+    if (INDICES) out[i] = i;
+    else { out[i] = in[i]; }
+  }
+};
+template <typename T, typename U, bool INDICES>
+kernel void pick(device const T* in, device U* out, uint i [[thread_position_in_grid]]) {
+  Pick<T, U, INDICES>::store(in, out, i);
+  if (INDICES) { out[i] += 1; } else out[i] = in[i];
+}
+template [[host_name("indices")]] kernel void pick<bfloat, uint, true>(device const bfloat*, device uint*, uint);
+template [[host_name("values")]] kernel void pick<bfloat, bfloat, false>(device const bfloat*, device bfloat*, uint);
+"""
+
+
+@pytest.mark.parametrize("checked", [False, True])
+def test_one_text_for_values_and_indices(checked: bool) -> None:
+    lib = compile(SORTED, checked=checked)
+    values = np.arange(8).astype(ml_dtypes.bfloat16)
+    for name, expected in (("indices", np.arange(8, dtype=np.uint32) + 1), ("values", values)):
+        out = np.zeros_like(expected)
+        run = lib[name].launch({0: values, 1: out}, threadgroups=1, threads=8)
+        assert run.faults == ()
+        assert out.tolist() == expected.tolist()
