@@ -19,16 +19,19 @@ def pack(codes: Array, bits: int) -> Array:
     """codes [..., K] below 2^bits -> uint32 [..., K·bits/32]; K·bits must be a multiple of 32."""
     if codes.shape[-1] * bits % 32:
         raise ValueError(f"{codes.shape[-1]} codes of {bits} bits don't fill whole 32-bit words")
-    single = (codes.astype(np.uint64)[..., None] >> np.arange(bits, dtype=np.uint64)) & np.uint64(1)
-    words = single.reshape(*codes.shape[:-1], -1, 32).astype(np.uint32)
-    return np.asarray((words << np.arange(32, dtype=np.uint32)).sum(-1, dtype=np.uint32))
+    single = np.unpackbits(codes.astype(np.uint8)[..., None], axis=-1, count=bits, bitorder="little")
+    packed = np.packbits(single.reshape(*codes.shape[:-1], codes.shape[-1] * bits), axis=-1, bitorder="little")
+    return packed.view("<u4").astype(np.uint32, copy=False)
 
 
 def unpack(words: Array, bits: int) -> Array:
     """uint32 [..., n] -> codes int64 [..., 32·n/bits]."""
-    single = (words[..., None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    grouped = single.reshape(*words.shape[:-1], -1, bits).astype(np.int64)
-    return np.asarray((grouped << np.arange(bits)).sum(-1))
+    first = np.arange(words.shape[-1] * 32 // bits) * bits  # bits before each code, which may end in the next word
+    word, shift = first // 32, (first % 32).astype(np.uint64)
+    wide = words.astype(np.uint64)
+    after = np.minimum(word + 1, words.shape[-1] - 1)
+    both = wide.take(word, -1) | wide.take(after, -1) << np.uint64(32)
+    return np.asarray((both >> shift & np.uint64(2**bits - 1)).astype(np.int64))
 
 
 def decode(words: Array, scales: Array, biases: Array, bits: int) -> tuple[Array, Array]:
