@@ -27,9 +27,12 @@ def pack(codes, bits):
 
 
 def unpack(words, bits):
-    stream = (words[..., None] >> np.arange(32, dtype=np.uint32)) & np.uint32(1)
-    codes = stream.reshape(*words.shape[:-1], -1, bits)
-    return (codes << np.arange(bits, dtype=np.uint32)).sum(-1, dtype=np.uint32)
+    start = np.arange(words.shape[-1] * 32 // bits) * bits
+    low = words.take(start // 32, -1) >> (start % 32).astype(np.uint32)
+    # Of a code that ends in the next word: a shift by 32 would be none, so by one first.
+    after = words.take(np.minimum(start // 32 + 1, words.shape[-1] - 1), -1)
+    high = after << np.uint32(1) << (31 - start % 32).astype(np.uint32)
+    return (low | high) & np.uint32(2**bits - 1)
 
 
 def dequantize(words, scales, biases, group_size, bits):
