@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from audits import attention_masks as masks
-from audits.contract import Finding, Refusable
+from audits.contract import Call, Finding, Refusable
 from audits.domain import Case, Choice, Field, Range
 from audits.frameworks import DTYPES
 from audits.rows import judge_rows
@@ -198,11 +198,12 @@ def sinks_of(case: Case, rng: np.random.Generator) -> Array | None:
 
 @dataclass(frozen=True, kw_only=True)
 class Inputs:
-    """The arguments of one attention in NumPy: k and v [B, Hkv, S, …] float64 where they were quantised.
+    """The arguments of one attention `call` in NumPy: k and v [B, Hkv, S, …] float64 where they were quantised.
 
     sizes: |scale·code| + |bias| of quantised k and v.
     """
 
+    call: Call
     q: Array
     k: Array
     v: Array
@@ -219,13 +220,17 @@ class Inputs:
 
     def bounded(self, arithmetic: Arithmetic) -> Bounded:
         """The exact output [B, Hq, L, Dv] and its bound; queries that see no key have zeros."""
+        return self.call.once(("bounded", arithmetic), lambda: self._bounded(arithmetic))
+
+    def _bounded(self, arithmetic: Arithmetic) -> Bounded:
         seen, bias = (None if m is None else _folded(m) for m in masks.read(self.mask, self.shape))
         sinks = None if self.sinks is None else torch.from_numpy(np.tile(self.sinks.astype(np.float64), len(self.q)))
         return self._attention(arithmetic, seen, sinks, bias)
 
     def mean(self, arithmetic: Arithmetic) -> Bounded:
         """The mean of all values, as attention with equal scores computes it."""
-        return replace(self, q=0 * self.q)._attention(arithmetic, None, None, None)
+        alike = replace(self, q=0 * self.q)
+        return self.call.once(("mean", arithmetic), lambda: alike._attention(arithmetic, None, None, None))
 
     def between(self, mean: Bounded) -> Bounded:
         """Anything between the least and the greatest value: a mean of unknown weights, rounded like `mean`."""

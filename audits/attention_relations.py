@@ -15,7 +15,7 @@ import numpy as np
 
 from audits import attention_masks as masks
 from audits.candidate import CandidateError
-from audits.contract import Call, Judge, Outputs, Relation, Run
+from audits.contract import Call, Judge, Outputs, Relation, Run, built
 from audits.domain import Case
 from reference.arithmetic import Arithmetic
 
@@ -147,7 +147,7 @@ def _additive_zero(op: Attention, run: Run, call: Call, outputs: Outputs, case: 
 def _shifted(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
     _, _, L, S = op.shape(call)
     shifts = np.broadcast_to(np.array([-48.0, 24.0, -8.0])[np.arange(L) % 3, None], (L, S))
-    shifted = call.with_(mask=shifts.astype(call.args["q"].dtype))
+    (shifted,) = call.others("shifted", lambda: {"": call.with_(mask=shifts.astype(call.args["q"].dtype))}).values()
     (moved,) = run(shifted)
     allowed = op.allowed(call, run.arithmetic) + op.allowed(shifted, run.arithmetic)
     problem = _agree(moved, outputs[0], allowed)
@@ -260,6 +260,14 @@ def _chunked(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) 
 
 def _options(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
     """Another value of each option in turn, right after this one: judged like any other call."""
+    for name, changed in call.others("options", lambda: dict(_other_options(call))).items():
+        found = op.judge(changed, run(changed), run.arithmetic)
+        if found is not None:
+            return f"with another value of an option ({name}) right after: {found.message}"
+    return None
+
+
+def _other_options(call: Call) -> Iterator[tuple[str, Call]]:
     changes: dict[str, dict[str, Any]] = {"scale": {"scale": 1.5 * call.args["scale"]}}
     for name in ("mask", "sinks"):
         if call.args.get(name) is not None:
@@ -267,22 +275,21 @@ def _options(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) 
     if call.args.get("sinks") is not None:
         changes["sinks"] = {"sinks": call.args["sinks"] + call.args["sinks"].dtype.type(1.5)}
     for name, change in changes.items():
-        changed = Call({k: v for k, v in {**call.args, **change}.items() if v is not None})
-        found = op.judge(changed, run(changed), run.arithmetic)
-        if found is not None:
-            return f"with another value of an option ({name}) right after: {found.message}"
-    return None
+        yield name, Call({k: v for k, v in {**call.args, **change}.items() if v is not None})
 
 
 def _elements(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
     """A few elements of every operand, the last dims' among them, given other values: judged like any other call."""
-    rng = np.random.default_rng([case["seed"], 5])
-    for name in ("q", op.keys, op.values):
-        changed = call.with_(**{name: op.nudged(call.args[name], rng)})
+    for name, changed in call.others("elements", lambda: _nudged(op, call, case)).items():
         found = op.judge(changed, run(changed), run.arithmetic)
         if found is not None:
             return f"after a change of single elements of {name}: {found.message}"
     return None
+
+
+def _nudged(op: Attention, call: Call, case: Case) -> dict[str, Call]:
+    rng = np.random.default_rng([case["seed"], 5])
+    return {name: call.with_(**{name: op.nudged(call.args[name], rng)}) for name in ("q", op.keys, op.values)}
 
 
 def _blind(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) -> str | None:
@@ -293,7 +300,7 @@ def _blind(op: Attention, run: Run, call: Call, outputs: Outputs, case: Case) ->
     seen: dict[bool, dict[str, str]] = {True: {}, False: {}}
     for dtype in (case["dtype"], *(d for d in run.dtypes if d != case["dtype"])):
         for shape in BLIND if dtype == case["dtype"] else BLIND[::3]:
-            empty = op.build({**case, **shape, "dtype": dtype})
+            empty = built(op.build, {**case, **shape, "dtype": dtype})
             where = ", ".join(f"{name}={value}" for name, value in {"dtype": dtype, **shape}.items())
             try:
                 output = run(empty)

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import ast
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
 from audits.domain import Case, Choice, Field
 from audits.frameworks import DTYPES, LAYOUTS
+from audits.kept import once
 from audits.verdict import Verdict
 from reference.arithmetic import Arithmetic
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from audits.candidate import Candidate
 
 Array = np.ndarray[Any, np.dtype[Any]]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,14 +39,28 @@ class Argument:
 class Call:
     """The arguments of one call, by name and in the contract's order; optional ones at their default are left out.
 
-    Values are NumPy arrays, tuples of them, numbers, strings or None.
+    Values are NumPy arrays, tuples of them, numbers, strings or None. key: what they follow from; None where nobody
+    says.
     """
 
     args: Mapping[str, Any]
+    key: Hashable = None
 
     def with_(self, **changed: Any) -> Call:
         """The same call with other values of some arguments."""
         return Call({**self.args, **changed})
+
+    def once(self, what: Hashable, work: Callable[[], T]) -> T:
+        """The result of `work`, which depends on the arguments and on `what` alone: kept for the next time."""
+        return work() if self.key is None else once((self.key, what), work)
+
+    def others(self, what: str, work: Callable[[], Mapping[str, Call]]) -> Mapping[str, Call]:
+        """Calls that follow from this one, by name: made once, and what is due for them too."""
+
+        def keyed() -> Mapping[str, Call]:
+            return {name: replace(call, key=self.key and (self.key, what, name)) for name, call in work().items()}
+
+        return self.once(what, keyed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +71,9 @@ class Finding:
     message: str
     evidence: Mapping[str, Any] = field(default_factory=dict)
 
+
+# Fields of a case that say how its operands lie in memory and what is asked of the candidate, not what they are.
+NOT_BUILT_FROM = ("layout", "operand", "relation")
 
 Outputs = Sequence[Array]
 Judge = Callable[[Call, Outputs, Arithmetic], Finding | None]
@@ -148,6 +167,10 @@ class Contract:
         """What a candidate is called with."""
         return arguments_of(self.session or self.signature)
 
+    def call(self, case: Case) -> Call:
+        """The operands of a case."""
+        return built(self.build, case)
+
     def audit(
         self,
         candidate: Candidate,
@@ -178,6 +201,14 @@ class Contract:
         }
         dtype = {} if "dtype" in self.fields else {"dtype": Choice(tuple(DTYPES))}
         return {**dtype, **self.fields, **common}
+
+
+def built(build: Callable[[Case], Call], case: Case) -> Call:
+    """The operands of a case as `build` makes them, but made once; arrays that are kept for the next time are
+    read-only.
+    """
+    key = build, repr(sorted((name, value) for name, value in case.items() if name not in NOT_BUILT_FROM))
+    return once(key, lambda: replace(build(case), key=key))
 
 
 def default_claims(dtype: str) -> dict[str, str]:

@@ -211,14 +211,14 @@ class Sweep:
         """Each array operand of a base case in each layout, one at a time."""
         if not self.contract.valid(plain) or self._needs_what_lacks(plain):
             return
-        for name, value in self.contract.build(plain).args.items():
+        for name, value in self.contract.call(plain).args.items():
             first = value[0] if isinstance(value, tuple) else value
             if isinstance(first, np.ndarray):
                 layouts = (layout for layout in LAYOUTS[1:] if differs(first, layout))
                 yield from ({**plain, "operand": name, "layout": layout} for layout in layouts)
 
     def _needs_what_lacks(self, case: Case) -> bool:
-        return bool(self.lacking) and bool(set(self.lacking) & self.contract.build(case).args.keys())
+        return bool(self.lacking) and bool(set(self.lacking) & self.contract.call(case).args.keys())
 
     def verdict(self, case: Case) -> Verdict:
         """Judge one case; the first failure of each check is shrunk."""
@@ -285,7 +285,7 @@ class Sweep:
     @np.errstate(all="ignore")  # what a candidate gives may be anything
     def _check(self, case: Case) -> tuple[Finding | None, str]:
         """What is wrong with the candidate in one case, or None, and a digest of its outputs."""
-        call, digest = self.contract.build(case), ""
+        call, digest = self.contract.call(case), ""
         try:
             if case["relation"].startswith(PAIR):
                 before = self.contract.bases[int(case["relation"].removeprefix(PAIR))]
@@ -328,7 +328,7 @@ class Sweep:
         return Arithmetic.claim(dtype, **{**self.contract.claims(dtype), **self.candidate.claims(dtype)})
 
     def _outputs(self, case: Case) -> Outputs:
-        return self._runner(case)(self.contract.build(case))
+        return self._runner(case)(self.contract.call(case))
 
     def _runner(self, case: Case) -> _Run:
         layouts = {case["operand"]: case["layout"]} if case["operand"] else {}

@@ -74,7 +74,7 @@ def _inputs(call: Call) -> cases.Inputs:
     a = call.args
     (k, abs_k), (v, abs_v) = (_decoded(a[name], a["bits"]) for name in ("keys", "values"))
     return cases.Inputs(
-        q=a["q"], k=k, v=v, scale=a["scale"], mask=a.get("mask"), sinks=a.get("sinks"), sizes=(abs_k, abs_v)
+        call=call, q=a["q"], k=k, v=v, scale=a["scale"], mask=a.get("mask"), sinks=a.get("sinks"), sizes=(abs_k, abs_v)
     )
 
 

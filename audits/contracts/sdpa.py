@@ -37,7 +37,9 @@ def _allowed(call: Call, arithmetic: Arithmetic) -> Array:
 
 def _inputs(call: Call) -> cases.Inputs:
     a = call.args
-    return cases.Inputs(q=a["q"], k=a["k"], v=a["v"], scale=a["scale"], mask=a.get("mask"), sinks=a.get("sinks"))
+    return cases.Inputs(
+        call=call, q=a["q"], k=a["k"], v=a["v"], scale=a["scale"], mask=a.get("mask"), sinks=a.get("sinks")
+    )
 
 
 def _other(name: str, value: Array) -> Array:
@@ -76,7 +78,15 @@ CONTRACT = Contract(
     refusable=cases.REFUSABLE,
     relations=list(
         relations(
-            Attention(keys="k", values="v", build=build, judge=judge, allowed=_allowed, other=_other, nudged=_nudged)
+            Attention(
+                keys="k",
+                values="v",
+                build=build,
+                judge=judge,
+                allowed=_allowed,
+                other=_other,
+                nudged=_nudged,
+            )
         )
     ),
 )

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
 
 from audits import planted
-from audits.attention_cases import Inputs
 from audits.candidate import Candidate, load
 from audits.catalogue import contract, names
 
@@ -22,26 +17,6 @@ FOLDERS = sorted(path for path in ROOT.iterdir() if path.is_dir() and planted.ho
 
 def bugs() -> list[planted.Planted]:
     return [bug for folder in FOLDERS for bug in planted.read(folder)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def references_are_computed_once() -> Iterator[None]:
-    """Over a hundred candidates are judged by attention's references on equal operands, which cost most of the time."""
-    original, kept = Inputs._attention, {}
-
-    def remembered(self: Inputs, *how: Any) -> Any:
-        key = hashlib.blake2b(repr((self.scale, how[0])).encode())
-        for part in (self.q, self.k, self.v, *self.sizes, *how[1:]):
-            array = None if part is None else np.ascontiguousarray(part)
-            key.update(b"none" if array is None else f"{array.dtype}{array.shape}".encode())
-            key.update(b"" if array is None else array.tobytes())
-        if key.digest() not in kept:
-            kept[key.digest()] = original(self, *how)
-        return kept[key.digest()]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Inputs, "_attention", remembered)
-        yield
 
 
 @pytest.mark.parametrize("bug", bugs(), ids=lambda bug: f"{bug.contract}/{bug.name}")
