@@ -16,6 +16,7 @@ from audits.rows import judge_rows
 from audits.values import KINDS, draw
 from reference import bounds
 from reference.arithmetic import Arithmetic
+from reference.bounds import Bounded
 
 # batch of a and of b: none, the same, or one that is broadcast.
 BATCHES = ("none", "both", "a alone")
@@ -33,8 +34,12 @@ def build(case: Case) -> Call:
 
 
 def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | None:
+    return judge_rows(outputs[0], call.once(arithmetic, lambda: _due(call, arithmetic)))
+
+
+def _due(call: Call, arithmetic: Arithmetic) -> Bounded:
     a, b = (torch.from_numpy(call.args[name].astype(np.float64)) for name in ("a", "b"))
-    return judge_rows(outputs[0], bounds.matmul(a, b, arithmetic))
+    return bounds.matmul(a, b, arithmetic)
 
 
 def corpus(full: bool) -> Iterator[Case]:

@@ -62,7 +62,8 @@ def judge(call: Call, outputs: Outputs, arithmetic: Arithmetic) -> Finding | Non
     """A row of nothing but −inf is NaN, as 0/0 is, or zeros, or the same everywhere: each accepted, but one of them."""
     x, output = call.args["x"].astype(np.float64), outputs[0]
     blind = np.isneginf(x).all(-1)
-    exact = bounds.softmax(torch.from_numpy(np.where(blind[..., None], 0.0, x)), arithmetic)
+    sighted = np.where(blind[..., None], 0.0, x)
+    exact = call.once(arithmetic, lambda: bounds.softmax(torch.from_numpy(sighted), arithmetic))
     if not blind.any() or output.shape != x.shape:
         return judge_rows(output, exact)
     given = {name: where for name, where in _conventions(output, blind).items() if where.any()}
