@@ -94,7 +94,7 @@ def _judge_row(visible: Array, places: Array, seen: Sight, row: Row) -> tuple[st
     own = places >= 0
     counts = np.zeros(seen.must.shape, np.int32)
     order = np.flatnonzero(own & visible.any(0))
-    if len(np.unique(places[order])) == len(order):
+    if not len(order) or np.bincount(places[order]).max() == 1:
         counts[:, places[order]] = visible[:, order]
     else:
         np.add.at(counts.T, places[order], visible[:, order].T)

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from audits.frameworks import DTYPES
+from audits.kept import once
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -58,7 +59,7 @@ class Tokens:
         for row in labels:
             self.labels += row
         serials = first + np.arange(rows * n)
-        made = [self._vectors(serials, kind) for kind in (KEY, VALUE)]
+        made = [self._vectors(first, rows * n, kind) for kind in (KEY, VALUE)]
         for kind, vectors in enumerate(made):
             table = self._tables[kind]
             if len(self.labels) > len(table):
@@ -74,18 +75,23 @@ class Tokens:
         found: Array = self._tables[kind][serials]
         return found
 
-    def _vectors(self, serials: Array, kind: int) -> Array:
-        """[n, H, D] of a kind in the dtype."""
-        heads, dim = np.arange(self.heads), self.dims[kind]
-        code = _code(serials[:, None] | heads << _HEAD | kind << _KIND)
-        bits = (code[..., None] >> np.arange(BLOCK)) & 1
-        rng = np.random.default_rng([self.seed, kind, int(serials[0]) if len(serials) else 0])
-        jitter = rng.uniform(0, JITTER, (*code.shape, dim // BLOCK, BLOCK))
-        jitter[..., _ONE - 1 :] = 0.0  # both ends of the range are reached
-        x = np.where(bits[..., None, :].astype(bool), 1 - jitter, jitter) + LOW
-        groups = np.arange(dim // BLOCK) * BLOCK // self.group
-        width = 2.0 ** ((serials[:, None, None] + heads[:, None] + kind + groups) % 3 - 1)
-        return (x * width[..., None]).reshape(*code.shape, dim).astype(self.dtype)
+    def _vectors(self, first: int, n: int, kind: int) -> Array:
+        """[n, H, D] of a kind, of n serials from `first` on; programs that feed as many at a time get the same."""
+        told = self.seed, first, n, kind, self.heads, self.dims[kind], self.group, self.dtype
+        return once(("vectors", *told), lambda: _vectors(*told))
+
+
+def _vectors(seed: int, first: int, n: int, kind: int, H: int, D: int, group: int, dtype: np.dtype[Any]) -> Array:
+    serials, heads = first + np.arange(n), np.arange(H)
+    code = _code(serials[:, None] | heads << _HEAD | kind << _KIND)
+    bits = (code[..., None] >> np.arange(BLOCK)) & 1
+    rng = np.random.default_rng([seed, kind, first if n else 0])
+    jitter = rng.uniform(0, JITTER, (*code.shape, D // BLOCK, BLOCK))
+    jitter[..., _ONE - 1 :] = 0.0  # both ends of the range are reached
+    x = np.where(bits[..., None, :].astype(bool), 1 - jitter, jitter) + LOW
+    groups = np.arange(D // BLOCK) * BLOCK // group
+    width = 2.0 ** ((serials[:, None, None] + heads[:, None] + kind + groups) % 3 - 1)
+    return (x * width[..., None]).reshape(*code.shape, D).astype(dtype)
 
 
 def _code(ident: Array) -> Array:
