@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from assay.cli import COMMANDS, EXIT_CODES, SUMMARY
-from assay.screen import Job, console, judge, line, progress, read_case, show_audit, show_mutants
+from assay.screen import Job, console, errors, judge, line, progress, read_case, show_audit, show_mutants
 
 app = typer.Typer(help=SUMMARY, epilog=EXIT_CODES, add_completion=False, no_args_is_help=True)
 golden_app = typer.Typer(help=COMMANDS["golden"], no_args_is_help=True)
@@ -157,12 +157,21 @@ def kernel_check(
 ) -> None:
     from audits.listing import check_kernels
 
-    failed = 0
+    failed = unread = checked = 0
     for source in sources:
-        for name, message in check_kernels(source, include or [], only, define or [], constant or []):
-            failed += bool(message.error)
-            line(console, f"{'FAIL' if message.error else 'ok'} {name}: {message.error or message.parameters}")
-    raise typer.Exit(1 if failed else 0)
+        try:
+            for name, message in check_kernels(source, include or [], only, define or [], constant or []):
+                checked += 1
+                failed += bool(message.error)
+                line(console, f"{'FAIL' if message.error else 'ok'} {name}: {message.error or message.parameters}")
+        except (ValueError, OSError) as error:  # one source that can't be read loses nothing of the others
+            if isinstance(error, BrokenPipeError) or len(sources) == 1:
+                raise
+            unread += 1
+            line(errors, f"assay: {' '.join(str(error).split())}")
+    if not checked and not unread:
+        raise ValueError(f"no kernel of {', '.join(map(str, sources))} has {only!r} in its name")
+    raise typer.Exit(1 if failed else 2 if unread else 0)
 
 
 @golden_app.command(

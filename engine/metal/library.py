@@ -16,7 +16,7 @@ from pathlib import Path
 
 from engine.metal import compiler, parameters, source
 from engine.metal.constants import values_of
-from engine.metal.errors import MetalError
+from engine.metal.errors import CompileError, MetalError
 from engine.metal.launch import MOST_THREADS, Compiled, Launch, Options, Run, Size, schedule, shape
 from engine.metal.parameters import Parameter
 from engine.metal.rewrite import rewrite
@@ -106,7 +106,7 @@ class Library:
             wanted = [name for name in dict.fromkeys(names) if name not in self._ready]
             for name in wanted:
                 if name not in self._source.kernels:
-                    close = difflib.get_close_matches(name, self._source.kernels, 3) or self.kernels[:8]
+                    close = difflib.get_close_matches(str(name), self._source.kernels, 3) or self.kernels[:8]
                     raise MetalError(f"no kernel is named {name!r}; there are {', '.join(close) or 'none'}")
         if wanted:  # not under the lock: threads that build other kernels of this library go on meanwhile
             self._compile([self._source.kernels[name] for name in wanted])
@@ -156,9 +156,10 @@ def compile(
     """A Library of the kernels in Metal source text, or in a file.
 
     `include_dirs` and `defines` as for the Metal compiler; `constants` gives function constants their values, by index
-    or by name. `checked` compiles with every load and store watched. Raises CompileError at the user's line, and
-    MetalError for anything else that can't be had here.
+    or by name. `checked` compiles with every load and store watched. Raises CompileError at the user's line, or for a
+    source without any kernel, and MetalError for anything else that can't be had here.
     """
+    _check_types(source_or_path, include_dirs, defines, constants)
     if device not in ("host", "gpu"):
         raise MetalError(f"device {device!r} is unknown; pass 'host' (this machine's CPU) or 'gpu' (an Apple GPU)")
     if device == "gpu":
@@ -166,13 +167,41 @@ def compile(
 
         gpu.require(checked=checked)
     folders = [Path(folder).resolve() for folder in include_dirs]
-    if isinstance(source_or_path, Path) or _is_path(source_or_path):
-        path = Path(source_or_path)
+    path = Path(source_or_path) if isinstance(source_or_path, Path) or _is_path(source_or_path) else None
+    if path is not None:
         if not path.is_file():
             raise MetalError(f"there is no Metal source {path}")
         text = compiler.preprocess(path.resolve(), str(path), folders, defines or {})
     else:
-        text = compiler.preprocess_text(source_or_path, folders, defines or {})
+        text = compiler.preprocess_text(str(source_or_path), folders, defines or {})
+    scanned = source.read(text)
+    if not scanned.kernels:
+        raise CompileError(f"{path or 'the source'} has no kernel: {_why_none(scanned)}")
     if device == "gpu":
         return gpu.compile(text, constants or {})
-    return Library(source.read(text), constants or {}, checked=checked)
+    return Library(scanned, constants or {}, checked=checked)
+
+
+def _why_none(scanned: source.Source) -> str:
+    """What is missing in a source without kernels."""
+    templates = [f.name for f in scanned.scanner.found.functions if source.is_kernel(scanned, f)]
+    if templates:
+        name = templates[0]
+        return (
+            f'the template {name} is never instantiated, as `template [[host_name("{name}_float")]] [[kernel]]'
+            f" decltype({name}<float>) {name}<float>;` would do for float"
+        )
+    return "no function in it is marked `kernel`, as far as its #if let the compiler see"
+
+
+def _check_types(source_or_path: object, include_dirs: object, defines: object, constants: object) -> None:
+    """MetalError for what is no source, no list of folders or no dict."""
+    if not isinstance(source_or_path, str | Path):
+        raise MetalError(
+            f"Metal source is a str, or the path of a file; this is of type {type(source_or_path).__name__}"
+        )
+    if isinstance(include_dirs, str) or not isinstance(include_dirs, Sequence):
+        raise MetalError(f"include_dirs is a list of folders; this is of type {type(include_dirs).__name__}")
+    for name, given in (("defines", defines), ("constants", constants)):
+        if not isinstance(given, Mapping | None):
+            raise MetalError(f"{name} is a dict from names to values; this is of type {type(given).__name__}")

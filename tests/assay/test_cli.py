@@ -366,3 +366,15 @@ def test_kernel_check_refuses_constants_that_are_none(assay, tmp_path: Path, con
     code, _, err = assay("kernel", "check", source, "-D", "GATE", "-D", "FACTOR=1", "--constant", constant)
     assert code == 2
     assert constant.partition("=")[0] in err and "constant" in err
+
+
+def test_kernel_check_of_several_sources_loses_none_and_passes_nothing_unseen(assay, tmp_path: Path) -> None:
+    good, bad = tmp_path / "good.metal", tmp_path / "bad.metal"
+    good.write_text("kernel void k(device float * x [[buffer(0)]]) { x[0] = 1; }\n")
+    bad.write_text("float helper(float x) { return x; }\n")
+    code, out, err = assay("kernel", "check", bad, tmp_path / "none.metal", good)
+    assert (code, out) == (2, "ok k: buffer(0) x\n")
+    assert "bad.metal has no kernel" in err and "there is no Metal source" in err
+    code, out, err = assay("kernel", "check", good, "--only", "mul")
+    assert (code, out) == (2, "")
+    assert "good.metal has 'mul' in its name" in err

@@ -218,3 +218,33 @@ def test_preprocessor_errors_name_the_users_line(tmp_path: Path) -> None:
     with pytest.raises(CompileError) as raised:
         compile("#include <metal_stdlib>\n\n#error no\n")
     assert (raised.value.file, raised.value.line) == ("program_source", 3)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("", "the source has no kernel: no function in it is marked `kernel`"),
+        ("  // nothing yet\n", "no function in it is marked `kernel`"),
+        ("float half_of(float x) { return x / 2; }", "no function in it is marked `kernel`"),
+        ("#if 0\nkernel void k(device int * p) {}\n#endif\n", "as far as its #if let the compiler see"),
+        (
+            "template <typename T> kernel void f(device T * p) {}",
+            r"the template f is never instantiated, as `template \[\[",
+        ),
+    ],
+)
+def test_a_source_without_any_kernel_is_refused(text: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(CompileError, match=told):
+        compile(text)
+    path = tmp_path / "none.metal"
+    path.write_text(text)
+    with pytest.raises(CompileError, match=r"none\.metal has no kernel: "):
+        compile(path)
+
+
+def test_what_the_refusal_of_a_template_says_would_do_it_does_it() -> None:
+    text = "template <typename T> kernel void f(device T * p) {}\n"
+    with pytest.raises(CompileError) as error:
+        compile(text)
+    line = str(error.value).split("`")[1]
+    assert compile(text + line).kernels == ["f_float"]
