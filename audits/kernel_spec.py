@@ -24,6 +24,7 @@ FORMATS |= {"iq2_xxs": ("IQ2_XXS", 256, 66), "f16": ("F16", 1, 2)}
 RHS = {"f32": "float32", "f16": "float16"}
 # Numbers of weight rows (M) to try, where the description has no others: a whole tile, and a ragged last one.
 ROWS = (64, 70)
+GUIDE = "docs/wide-tile-audit.md has the keys, engine/metal/kernels/moe.toml is an example"
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -78,12 +79,28 @@ class KernelSpec:
 def read_specs(path: Path) -> list[KernelSpec]:
     """All kernels that a TOML file describes; ValueError, naming the file and the key, for what it doesn't say."""
     try:
-        described = tomllib.loads(path.read_text(encoding="utf-8"))
-        return [spec for entry in described["kernel"] for spec in specs_of(entry, described, path.parent)]
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no file {path}; {GUIDE}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} can't be read as a TOML file ({error}); {GUIDE}") from error
+    try:
+        described = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is no TOML: {error}; {GUIDE}") from error
+    try:
+        specs = [spec for entry in described["kernel"] for spec in specs_of(entry, described, path.parent)]
     except KeyError as error:
-        raise ValueError(f"{path}: the key {error.args[0]!r} is missing") from error
-    except (OSError, tomllib.TOMLDecodeError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: the key {error.args[0]!r} is missing; {GUIDE}") from error
+    except (AttributeError, TypeError) as error:
+        raise ValueError(f"{path}: a value is of another type than it should be ({error}); {GUIDE}") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; {GUIDE}") from error
+    if not specs:
+        raise ValueError(f"{path} describes no kernel; {GUIDE}")
+    if not specs[0].source.is_file():
+        raise ValueError(f"{path}: its source {specs[0].source} is no file; a source lies beside the TOML file")
+    return specs
 
 
 def specs_of(entry: Mapping[str, Any], described: Mapping[str, Any], folder: Path) -> Iterator[KernelSpec]:
@@ -137,8 +154,10 @@ def evaluate(text: str, sizes: Mapping[str, int]) -> int:
 
     try:
         return value(ast.parse(text, mode="eval").body)
-    except SyntaxError as error:
+    except (SyntaxError, RecursionError) as error:
         raise ValueError(f"{text!r} is no expression") from error
+    except (ZeroDivisionError, TypeError) as error:
+        raise ValueError(f"{text!r} can't be computed: {error}") from error
 
 
 def packed(fields: tuple[str, ...], sizes: Mapping[str, int]) -> bytes:
@@ -152,5 +171,8 @@ def packed(fields: tuple[str, ...], sizes: Mapping[str, int]) -> bytes:
             raise ValueError(f"{text!r}: a scalar is one of {', '.join(SCALARS)} and an expression")
         size = struct.calcsize(SCALARS[kind])
         widest = max(widest, size)
-        data += bytes(-len(data) % size) + struct.pack(SCALARS[kind], evaluate(expression, sizes))
+        try:
+            data += bytes(-len(data) % size) + struct.pack(SCALARS[kind], evaluate(expression, sizes))
+        except struct.error as error:
+            raise ValueError(f"{text!r} doesn't fit: it is {evaluate(expression, sizes)}") from error
     return data + bytes(-len(data) % widest)

@@ -10,7 +10,7 @@ import pytest
 
 import assay
 from audits.catalogue import replay
-from audits.kernel_spec import KernelSpec, evaluate, packed, read_specs
+from audits.kernel_spec import GUIDE, KernelSpec, evaluate, packed, read_specs
 from audits.moe_matmul import LOADS, OWN, MatmulCase, build, cases, expert_pairs, mismatch, problem, routing, run_case
 from audits.mutants import Mutant, catch, plant, read_mutants
 from engine.metal.library import Library
@@ -196,13 +196,58 @@ def test_scalars_are_laid_out_as_c_does() -> None:
         (('"q4_K"', '"q5_9"'), "q5_9"),
         (("[[kernel]]", "[[kernel]"), "moe.toml"),
         (("tile = [", "rows = []\ntile = ["), "rows are"),
+        (("[[kernel]]", "[kernel]"), "of another type"),
+        (("threads = [128, 1, 1]", "threads = 128"), "of another type"),
+        (('format = ["q8_0", "q4_K", "q2_K", "iq2_xxs"]', "format = []"), "describes no kernel"),
     ],
 )
 def test_a_description_that_makes_no_sense_is_refused(tmp_path: Path, edit: tuple[str, str], told: str) -> None:
     path = tmp_path / "moe.toml"
+    assert edit[0] in OWN.read_text()
     path.write_text(OWN.read_text().replace(*edit))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=told) as error:
         read_specs(path)
+    assert GUIDE in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (None, "there is no file"),
+        (b"source = \xff", "can't be read as a TOML file"),
+        (b"source = ", "is no TOML: Invalid value"),
+        (b"", "the key 'kernel' is missing"),
+    ],
+)
+def test_a_file_that_is_no_description_says_where_one_is(tmp_path: Path, content: bytes | None, told: str) -> None:
+    path = tmp_path / "mine.toml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ValueError, match=told) as error:
+        read_specs(path)
+    assert str(path) in str(error.value)
+    assert GUIDE in str(error.value)
+    with pytest.raises(ValueError, match="can't be read as a TOML file"):
+        read_specs(tmp_path)
+
+
+def test_a_description_without_its_source_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "moe.toml"
+    path.write_text(OWN.read_text())
+    with pytest.raises(ValueError, match=r"moe.metal is no file; a source lies beside the TOML file"):
+        read_specs(path)
+
+
+@pytest.mark.parametrize("text", ["n // 0", "ceil(n)", "min()"])
+def test_an_expression_that_has_no_value_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="can't be computed"):
+        evaluate(text, {"n": 1})
+
+
+def test_a_scalar_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match="'i16 n' doesn't fit: it is 40000"):
+        packed(("i16 n",), {"n": 40000})
 
 
 def test_a_description_gives_function_constants_and_rows(tmp_path: Path) -> None:
