@@ -138,7 +138,8 @@ class Contract:
     candidates may take their operands, each as fields that are set in every case; the first that a candidate takes is
     used. refusable: parts of the domain that a candidate may refuse. settled: fields that the candidate itself settles,
     such as a decoder's vocabulary. outputs: how many arrays it returns. words: whether None or a name may stand for
-    one. dtype_key: cases of one key have outputs of the same dtypes.
+    one. dtype_key: cases of one key have outputs of the same dtypes. told: a case as its verdict tells it, where
+    operands are larger than a field says; it has the same operands.
     """
 
     name: str
@@ -158,6 +159,7 @@ class Contract:
     outputs: Sequence[int] = (1,)
     words: bool = False
     dtype_key: Callable[[Case], str] = lambda case: str(case["dtype"])
+    told: Callable[[Case], Case] = lambda case: case
     session: str = ""
     adapt: Callable[[Candidate], Candidate] = lambda candidate: candidate
     examples: int = 40  # cases that Hypothesis draws in a quick run

@@ -353,12 +353,16 @@ class Sweep:
             check="dtype", message=f"returns {', '.join(found)} here, but {', '.join(usual)} for other {kind}"
         )
 
-    def _verdict(self, outcome: Any, case: Case, message: str, **evidence: Any) -> Verdict:
+    def _recorded(self, case: Case) -> dict[str, Any]:
+        """A case with all that is needed to run it again."""
         recorded: dict[str, Any] = {"contract": self.contract.name, "candidate": self.candidate.name}
         recorded["framework"] = self.candidate.framework
         if "dtype" in case and (claims := self.candidate.claims(case["dtype"])):
             recorded["claims"] = dict(claims)
-        recorded |= case
+        return {**recorded, **(self.contract.told(case) if case else {})}
+
+    def _verdict(self, outcome: Any, case: Case, message: str, **evidence: Any) -> Verdict:
+        recorded = self._recorded(case)
         return Verdict(outcome=outcome, audit=self.contract.name, case=recorded, message=message, evidence=evidence)
 
 

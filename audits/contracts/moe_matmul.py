@@ -173,6 +173,7 @@ CONTRACT = Contract(
     judge=judge,
     valid=possible,
     refusable=[Refusable.setting(format=form) for form in FORMATS],
+    told=lambda case: {**case, "K": width(case)} if case.get("format") else case,
     dtype_key=lambda case: f"{case['dtype']}{' blocks' if case['format'] else ''}",
     relations=[
         permuted_rows("x", "ids"),

@@ -74,3 +74,16 @@ def test_formats_that_a_candidate_refuses_are_left_out_and_said() -> None:
 def test_dtypes_that_are_not_the_first_get_ordered_pairs_too() -> None:
     candidate = Candidate(function=honest, framework="numpy", name="test", dtypes=("float16",))
     assert any(v.case["relation"].startswith("after ") for v in SMALL.audit(candidate))
+
+
+def test_a_case_of_blocks_tells_its_elements_and_replays_with_them() -> None:
+    def scaled(x: Array, w: Array, ids: Array, *, format: str | None = None) -> Array:
+        return honest(x, w, ids, format=format) * (1.5 if format == "Q4_K" else 1)
+
+    candidate = Candidate(function=scaled, framework="numpy", name="test", dtypes=("float32",))
+    verdicts = list(SMALL.audit(candidate))
+    assert {v.case["K"] % FORMATS[v.case["format"]].elements for v in verdicts if v.case.get("format")} == {0}
+    shrunk = next(v for v in verdicts if v.evidence.get("shrunk"))
+    assert (shrunk.case["format"], shrunk.case["K"], shrunk.case["M"]) == ("Q4_K", 256, 1)
+    again = CONTRACT.replay(shrunk.case, candidate)
+    assert (again.message, again.evidence["digest"]) == (shrunk.message, shrunk.evidence["digest"])
