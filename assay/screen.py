@@ -170,21 +170,18 @@ def show_audit(
 
 def _show_failure(screen: Console, alike: Sequence[Verdict], failures: Path) -> None:
     """What failed the same check: the smallest case of it with its replay, and how many more there are."""
-    from audits.report import verdict_line
+    from audits.report import case_line, verdict_line
 
     first = next((verdict for verdict in alike if verdict.evidence.get("shrunk")), alike[0])
     screen.print(verdict_line(first))
-    line(screen, f"  {_describe_case(first)}")
-    line(screen, f"  replay: assay audit --replay {shlex.quote(str(write_failure(failures, first)))}")
+    case = case_line(first)
+    if case:
+        line(screen, f"  case: {case}")
+        line(screen, f"  replay: assay audit --replay {shlex.quote(str(write_failure(failures, first)))}")
+    elif "traceback" in first.evidence:
+        line(screen, f"  traceback: {write_failure(failures, first)}")
     if len(alike) > 1:
         line(screen, f"  {len(alike) - 1} more cases fail it (--json has all)")
-
-
-def _describe_case(verdict: Verdict) -> str:
-    """The case in one line: what differs from nothing, the seed last."""
-    hidden = ("contract", "candidate", "framework")
-    told = {k: v for k, v in verdict.case.items() if k not in hidden and v not in ("", None)}
-    return "case: " + " ".join(f"{k}={v}" for k, v in told.items())
 
 
 def write_failure(folder: Path, verdict: Verdict) -> Path:

@@ -20,6 +20,7 @@ memory with another, or was to be copied later, is wrong only then.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Machine:
         except obj.InputChanged as error:
             raise Found(Finding(check="inputs unchanged", message=str(error))) from error
         except CandidateError as error:
-            raise Found(Finding(check="raises", message=f"{_told(op)}: {error}")) from error
+            raise Found(Finding(check="raises", message=f"{op_text(op)}: {error}")) from error
 
     def finish(self) -> None:
         """Feed every cache one more token, and compare quantisation codes with those of one chunk."""
@@ -306,6 +307,15 @@ def _causal(queries: int, tokens: int) -> Array:
     return np.arange(tokens) <= np.arange(tokens - queries, tokens)[:, None]
 
 
-def _told(op: Op) -> str:
-    given = ", ".join(f"{name} {value}" for name, value in op.items() if name != "op")
-    return f"{op['op']} ({given})"
+def op_text(op: Op) -> str:
+    """An operation as people write it: feed(3, window=4), trim(2, on=1)."""
+    usual = {"on": 0, "window": None, "array": False}
+    told = [str(op["n"])] if "n" in op else []
+    rest = {name: value for name, value in op.items() if name not in ("op", "n") and value != usual.get(name, "")}
+    return f"{op.get('op')}({', '.join([*told, *(f'{name}={value}' for name, value in rest.items())])})"
+
+
+def program_text(program: Sequence[Op]) -> str:
+    """A program as people write it: feed(3) trim(2) feed(1)×4."""
+    runs = [(text, len(list(run))) for text, run in groupby(map(op_text, program))]
+    return " ".join(text if count == 1 else f"{text}×{count}" for text, count in runs)

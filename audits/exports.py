@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from shlex import quote
 from typing import Any
 from urllib.parse import quote as percent_encoded
 
@@ -13,8 +12,8 @@ from jinja2 import Environment, PackageLoader
 from junitparser import Error as JUnitError
 from junitparser import Failure, JUnitXml, Skipped, TestCase, TestSuite
 
-from audits.report import report_json, tally
-from audits.verdict import Report, Verdict
+from audits.report import case_line, report_json, tally
+from audits.verdict import Report, Verdict, case_text, replay_command
 
 SARIF_SCHEMA = "https://json.schemastore.org/sarif-2.1.0.json"
 Write = Callable[[Path, str], None]
@@ -27,16 +26,6 @@ def write_reports(report: Report, files: Mapping[str, Path], write: Write) -> No
         write(path, formats[kind](report))
 
 
-def case_text(verdict: Verdict) -> str:
-    """A verdict's case as one line of JSON, as `assay audit --replay` takes it."""
-    return json.dumps(dict(verdict.case), sort_keys=True, default=str)
-
-
-def replay_command(verdict: Verdict) -> str:
-    """What to type to run a verdict's case again."""
-    return f"assay audit --replay {quote(case_text(verdict))}"
-
-
 def junit(report: Report) -> str:
     """JUnit XML: a suite a contract, a test case a verdict; could-not-judge is an error."""
     xml = JUnitXml("assay audit")
@@ -47,7 +36,7 @@ def junit(report: Report) -> str:
             message = _printable(verdict.message)
             if verdict.outcome == "fail":
                 failure = Failure(message)
-                failure.text = replay_command(verdict)
+                failure.text = replay_command(verdict.case)
                 case.result = [failure]
             elif verdict.outcome == "could-not-judge":
                 case.result = [JUnitError(message)]
@@ -79,7 +68,7 @@ def _sarif_result(verdict: Verdict) -> dict[str, Any]:
         "ruleId": _rule(verdict),
         "level": "error" if verdict.outcome == "fail" else "warning",
         "message": {"text": verdict.message},
-        "properties": {"replay": case_text(verdict)},
+        "properties": {"replay": case_text(verdict.case)},
     }
     file, _, _ = str(verdict.case.get("candidate", "")).rpartition(":")
     if file.endswith((".py", ".toml")):
@@ -96,7 +85,8 @@ def html(report: Report) -> str:
             "verdict": verdict,
             "message": _printable(verdict.message),
             "check": verdict.evidence.get("check", ""),
-            "replay": replay_command(verdict),
+            "case": _printable(case_line(verdict)),
+            "replay": replay_command(verdict.case),
         }
         for verdict in report.verdicts
         if verdict.outcome != "pass"

@@ -14,6 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from audits.cache_machine import program_text
 from audits.compare import Comparison, ProbeResult
 from audits.launched import kernel_lines
 from audits.metrics import Metrics
@@ -157,6 +158,15 @@ def verdict_line(verdict: Verdict) -> str:
     check = f"[{verdict.evidence['check']}]" if "check" in verdict.evidence else ""
     what = " ".join(part for part in (verdict.audit, dtype, name, check) if part)
     return f"[{style}]{verdict.outcome.upper()}[/] {escape(what)}: {escape(verdict.message)}"
+
+
+def case_line(verdict: Verdict) -> str:
+    """The case in one line: what differs from nothing, the seed last; "" for a contract that came to no case."""
+    hidden = ("contract", "candidate", "framework")
+    told = {k: v for k, v in verdict.case.items() if k not in hidden and v not in ("", None)}
+    if "program" in told:
+        told["program"] = f"[{program_text(told['program'])}]"
+    return " ".join(f"{k}={v}" for k, v in told.items())
 
 
 def report_json(report: Report, judged: Sequence[Judged] = ()) -> str:

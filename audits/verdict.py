@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from shlex import quote
 from typing import Any, Literal
 
 Outcome = Literal["pass", "fail", "could-not-judge", "skipped"]
@@ -39,3 +41,13 @@ class Report:
         if any(verdict.outcome == "fail" for verdict in self.verdicts):
             return 1
         return 0 if self.ok else 2
+
+
+def case_text(case: Mapping[str, Any]) -> str:
+    """A case as one line of JSON, as `assay audit --replay` takes it."""
+    return json.dumps(dict(case), sort_keys=True, default=str)
+
+
+def replay_command(case: Mapping[str, Any]) -> str:
+    """What to type to run a case again."""
+    return f"assay audit --replay {quote(case_text(case))}"

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from junitparser import Error, Failure, JUnitXml, Skipped
 
-from audits.exports import case_text, html, junit, replay_command, sarif, write_reports
+from audits.exports import html, junit, sarif, write_reports
 from audits.report import report_json
-from audits.verdict import Report, Verdict
+from audits.verdict import Report, Verdict, case_text, replay_command
 
 NASTY = 'error <script>alert("x")</script> & 3 < 4, \x00\x1b[31m red \ufffe \udcff, "quotes"'
 
@@ -109,7 +109,7 @@ def test_html_holds_every_verdict_that_is_no_pass_and_no_markup_of_theirs() -> N
     assert "script" not in page.tags
     assert '<script>alert("x")</script> & 3 < 4, ??[31m red' in text
     for one in REPORT.verdicts:
-        assert (replay_command(one) in text) == (one.outcome != "pass")
+        assert (replay_command(one.case) in text) == (one.outcome != "pass")
     assert "assay audit: not passed" in text
     assert "assay audit: pass" in "".join(Page(html(Report(verdicts=[verdict("pass")]))).texts)
 
@@ -136,8 +136,8 @@ def test_json_has_no_numbers_that_json_lacks() -> None:
 
 def test_a_case_is_one_line_that_a_shell_passes_on() -> None:
     one = REPORT.verdicts[2]
-    assert "\n" not in case_text(one)
-    assert json.loads(shlex.split(replay_command(one))[-1]) == dict(one.case)
+    assert "\n" not in case_text(one.case)
+    assert json.loads(shlex.split(replay_command(one.case))[-1]) == dict(one.case)
 
 
 def test_an_empty_report_is_no_pass_in_any_format() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,15 @@ import pytest
 from audits.affine import decode as dequantised
 from audits.cache_contract import CacheContract
 from audits.cache_judge import visible_places
+from audits.cache_machine import program_text
 from audits.cache_values import KEY, Label, Tokens, decode, parts, quantisation_error
 from audits.candidate import Candidate, load
 from audits.catalogue import contract
 from audits.contract import Finding
+from audits.exports import html
 from audits.frameworks import DTYPES, give, take
-from audits.verdict import Verdict
+from audits.report import case_line, report_json
+from audits.verdict import Report, Verdict
 
 MUTANTS = Path(__file__).parents[2] / "mutants"
 CONTRACTS = (
@@ -254,3 +258,20 @@ def test_every_contract_shows_its_face(name: str) -> None:
     assert isinstance(found, CacheContract)
     assert found.signature.startswith(name) and found.doc and found.relations
     assert [a.name for a in found.arguments] == [*found.settings[0]] or name == "kv_cache"
+
+
+def test_programs_are_written_as_people_do() -> None:
+    ops = [
+        {"op": "feed", "on": 0, "n": 3, "window": None, "array": False},
+        {"op": "trim", "on": 0, "n": 2},
+        *[{"op": "feed", "on": 0, "n": 1}] * 4,
+        {"op": "extract", "on": 0, "row": 0, "as": 1},
+        {"op": "feed", "on": 1, "n": 1, "window": 4, "array": True},
+    ]
+    text = "feed(3) trim(2) feed(1)×4 extract(row=0, as=1) feed(1, on=1, window=4, array=True)"
+    assert program_text(ops) == text
+    verdict = Verdict(outcome="fail", audit="kv_cache", case={"dtype": "float32", "program": ops}, message="lost")
+    assert case_line(verdict) == f"dtype=float32 program=[{text}]"
+    report = Report(verdicts=[verdict])
+    assert text in html(report)
+    assert json.loads(report_json(report))["verdicts"][0]["case"]["program"] == ops, "JSON keeps what replays"
