@@ -12,7 +12,7 @@ from typing import Any
 
 from audits import growth
 from audits.cache_contents import Found
-from audits.cache_machine import Invalid, Machine, Op
+from audits.cache_machine import Invalid, Machine, Op, check_program
 from audits.cache_object import Lacks, copies, has, make, parameters, takes_window
 from audits.cache_shrink import shrink
 from audits.candidate import Candidate, CandidateError
@@ -101,9 +101,30 @@ class CacheContract:
     def replay(self, case: Mapping[str, Any], candidate: Candidate) -> Verdict:
         """Judge the one case that a verdict recorded; ValueError for what is no case of the contract."""
         known = {**self._blank(), **{name: case[name] for name in self.fields if name in case}}
-        if not isinstance(known["program"], list) or known["dtype"] not in DTYPES:
-            raise ValueError(f"this is no case of {self.name}: it needs a program and a dtype of {', '.join(DTYPES)}")
+        try:
+            self._check_case(known)
+        except ValueError as error:
+            raise ValueError(f"this is no case of {self.name}: {error}") from error
         return CacheSweep(self, candidate, shrinking=False).verdict(known)
+
+    def _check_case(self, case: Mapping[str, Any]) -> None:
+        """ValueError for a field that can't be what it is."""
+        check_program(case["program"])
+        if case["dtype"] not in tuple(DTYPES):
+            raise ValueError(f"its dtype is {case['dtype']!r}; there is {', '.join(DTYPES)}")
+        for name, least in (("seed", 0), ("batch", 1), ("heads", 1)):
+            if type(case[name]) is not int or case[name] < least:
+                raise ValueError(f"its {name} is {case[name]!r}; a whole number from {least} on is expected")
+        dims = case["dims"]
+        if not isinstance(dims, list) or len(dims) != 2 or not all(type(d) is int and d > 0 for d in dims):
+            raise ValueError(f"its dims are {dims!r}; two whole numbers are expected")
+        if case.get("growth") and case["growth"] not in growth.CASES:
+            raise ValueError(f"its growth is {case['growth']!r}; there is {', '.join(growth.CASES)}")
+        for name, usual in self.settings[0].items():
+            kinds = {type(setting.get(name, usual)) for setting in self.settings}
+            numbers = [case[name]] if not isinstance(case[name], list) else case[name]
+            if type(case[name]) not in kinds or not all(type(n) is not int or n >= 0 for n in numbers) or numbers == []:
+                raise ValueError(f"its {name} is {case[name]!r}; something like {usual!r} is expected")
 
     @property
     def fields(self) -> tuple[str, ...]:

@@ -37,6 +37,47 @@ Array = np.ndarray[Any, np.dtype[Any]]
 Op = Mapping[str, Any]
 
 
+# What each operation says of itself, as in the table above; the rest may be left out.
+FIELDS: Mapping[str, tuple[str, ...]] = {
+    "feed": ("on", "n"),
+    "right_pad": ("on", "lengths", "chunks"),
+    "left_pad": ("on", "left_padding"),
+    "trim": ("on", "n"),
+    "trim_front": ("on",),
+    "restore": ("on", "as"),
+    "copy": ("on", "as"),
+    "new": ("as", "left_padding"),
+    "filter": ("on", "rows"),
+    "extend": ("on", "with"),
+    "extract": ("on", "row", "as"),
+    "single": ("like", "as"),
+    "merge": ("of", "as"),
+}
+LISTS = ("lengths", "chunks", "left_padding", "rows", "of")
+
+
+def check_program(program: Any) -> None:
+    """ValueError for what is no list of operations that say what they need to."""
+    if not isinstance(program, list) or not all(isinstance(op, Mapping) for op in program):
+        raise ValueError("a program is a list of operations")
+    for i, op in enumerate(program):
+        name = op.get("op")
+        if not isinstance(name, str) or name not in FIELDS:
+            raise ValueError(f"operation {i} is {name!r}; there is {', '.join(FIELDS)}")
+        for field_ in FIELDS[name]:
+            value = op.get(field_)
+            good = isinstance(value, list) and bool(value) and all(map(_count, value))
+            if not (good if field_ in LISTS else _count(value)):
+                kind = "a list of whole numbers" if field_ in LISTS else "a whole number"
+                raise ValueError(f"operation {i}, {name}, has {field_} {value!r}; {kind} is expected")
+        if not (op.get("window") is None or _count(op["window"])):
+            raise ValueError(f"operation {i}, {name}, has window {op['window']!r}; a whole number or null is expected")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
 class Invalid(Exception):
     """An operation that makes no sense where it stands, such as one on a cache that isn't there."""
 

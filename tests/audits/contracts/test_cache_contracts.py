@@ -235,6 +235,22 @@ def test_a_case_without_program_or_with_another_dtype_is_refused() -> None:
     for case in ({"program": None}, {"dtype": "int8"}):
         with pytest.raises(ValueError, match="no case of kv_cache"):
             found.replay(case, candidate)
+    feed = {"op": "feed", "on": 0, "n": 1}
+    for wrong, told in (
+        ({"program": [3]}, "a list of operations"),
+        ({"program": [{}]}, "operation 0 is None; there is feed"),
+        ({"program": [feed, {"op": "feed", "on": 0}]}, "operation 1, feed, has n None; a whole number is expected"),
+        ({"program": [{"op": "merge", "of": 0, "as": 1}]}, "merge, has of 0; a list of whole numbers"),
+        ({"program": [{**feed, "window": "x"}]}, "window 'x'"),
+        ({"program": [feed], "heads": 0}, "its heads is 0"),
+        ({"program": [feed], "dims": [8]}, r"its dims are \[8\]"),
+        ({"program": [], "growth": "up"}, "its growth is 'up'; there is decode"),
+    ):
+        with pytest.raises(ValueError, match=f"this is no case of kv_cache: .*{told}"):
+            found.replay(wrong, candidate)
+    batch = Candidate(function=base("batch_kv_cache", "numpy_rows.py"), framework="numpy", name="honest")
+    with pytest.raises(ValueError, match=r"its left_padding is 3; something like \[0, 2\] is expected"):
+        contract("batch_kv_cache").replay({"program": [feed], "left_padding": 3}, batch)
     lost = found.replay({"program": [{"op": "feed", "on": 7, "n": 1}]}, candidate)
     assert lost.outcome == "could-not-judge" and "there is no cache 7" in lost.message
 
