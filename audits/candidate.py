@@ -20,6 +20,7 @@ import numpy as np
 from audits.contract import Argument, Call
 from audits.errors import DeviceLost
 from audits.frameworks import FRAMEWORKS, LAYOUTS, foul_memory, give, take
+from audits.interrupts import by_user
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -112,14 +113,17 @@ class ChangedInput(CandidateError):
 
 
 def guarded(work: Callable[[], Any]) -> Any:
-    """The result of `work`, candidate code; CandidateError for whatever it raises."""
+    """The result of `work`, candidate code; CandidateError for whatever it raises, KeyboardInterrupt for the user's."""
     try:
         with np.errstate(all="ignore"):
-            return work()
-    except KeyboardInterrupt:
-        raise
+            result = work()
     except BaseException as error:  # SystemExit too: a candidate's sys.exit(0) would end the audit as if it had passed
+        if by_user(error):
+            raise KeyboardInterrupt from error
         raise CandidateError(f"raised {type(error).__name__}: {one_line(error)[:300]}") from error
+    if by_user(None):  # it was interrupted, and went on
+        raise KeyboardInterrupt
+    return result
 
 
 def one_line(error: BaseException) -> str:
@@ -171,8 +175,8 @@ def _import(path: Path) -> Any:
         spec.loader.exec_module(module)
     except BaseException as error:
         del sys.modules[key]
-        if isinstance(error, KeyboardInterrupt):
-            raise
+        if by_user(error):
+            raise KeyboardInterrupt from error
         raise ValueError(f"{path} can't be imported: {type(error).__name__}: {one_line(error)}") from error
     finally:
         sys.path.remove(str(path.resolve().parent))

@@ -16,6 +16,7 @@ from audits import moe_matmul
 from audits.candidate import Candidate, load, one_line
 from audits.contract import Argument
 from audits.frameworks import DTYPES, LAYOUTS
+from audits.interrupts import told_apart
 from audits.verdict import Report, Verdict
 from reference.arithmetic import Arithmetic
 
@@ -61,6 +62,7 @@ def contracts() -> Mapping[str, Auditable]:
     return {name: contract(name) for name in names()}
 
 
+@told_apart()
 def audit(
     wanted: str | Sequence[str],
     candidate: Any = None,
@@ -213,6 +215,7 @@ def _chosen(what: str, given: str | Sequence[str], known: Iterable[str]) -> tupl
     return chosen
 
 
+@told_apart()
 def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None = None) -> Report:
     """Run one case again, as a Verdict recorded it; `candidate` for one that can't be found by its recorded name."""
     case = case.get("case", case) if isinstance(case, Mapping) else {}

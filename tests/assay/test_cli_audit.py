@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,10 @@ def exiting(x):
     sys.exit(0)
 
 def interrupted(x):
+    import signal
+    signal.raise_signal(signal.SIGINT)
+
+def interrupting(x):
     raise KeyboardInterrupt
 
 def pairs(x, y):
@@ -135,7 +140,11 @@ def test_what_depends_on_other_runs_replays_too(audit: Run, name: str, dtype: st
 
 
 def test_a_candidate_that_always_raises_fails(audit: Run) -> None:
-    for name, told in (("raising", "raised RuntimeError: no such ?[31m kernel"), ("exiting", "raised SystemExit: 0")):
+    for name, told in (
+        ("raising", "raised RuntimeError: no such ?[31m kernel"),
+        ("exiting", "raised SystemExit: 0"),
+        ("interrupting", "raised KeyboardInterrupt"),
+    ):
         code, out, err = audit("softmax", "--candidate", f"strangers.py:{name}")
         assert code == 1, err
         assert told in out
@@ -143,6 +152,7 @@ def test_a_candidate_that_always_raises_fails(audit: Run) -> None:
 
 
 def test_an_interrupt_exits_130_and_leaves_nothing_half_written(audit: Run) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     code, _, err = audit("softmax", "--candidate", "strangers.py:interrupted", "--json", "r.json", "--html", "r.html")
     assert code == 130
     assert "interrupted" in one_line(err)

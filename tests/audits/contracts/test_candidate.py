@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from audits import catalogue
 from audits.candidate import Candidate, CandidateError, ChangedInput, guarded, load
 from audits.contract import Call, Contract, Finding, arguments_of
 from audits.contracts.softmax import CONTRACT as SOFTMAX
 from audits.contracts.swiglu import CONTRACT as SWIGLU
 from audits.frameworks import take
+from audits.interrupts import told_apart
 from audits.verdict import Verdict
 
 Array = Any
@@ -135,12 +139,52 @@ def test_control_characters_and_halves_of_characters_are_not_passed_on() -> None
     assert len(str(caught.value)) < 400
 
 
-def test_the_user_can_still_interrupt() -> None:
-    def work() -> None:
-        raise KeyboardInterrupt
+def _swallowed() -> None:
+    with suppress(BaseException):
+        signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
+
+def _turned_into_another_error() -> None:
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ValueError("not me") from error
+
+
+@pytest.fixture
+def python_handles_interrupts() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+@pytest.mark.parametrize("work", [lambda: signal.raise_signal(signal.SIGINT), _swallowed, _turned_into_another_error])
+def test_the_user_can_interrupt_whatever_the_candidate_makes_of_it(work: Callable[[], None]) -> None:
+    with pytest.raises(KeyboardInterrupt), told_apart():
         guarded(work)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def _interrupts_itself(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+def test_an_interrupt_of_the_candidates_own_is_an_error_of_its() -> None:
+    with told_apart(), pytest.raises(CandidateError, match=r"^raised KeyboardInterrupt"):
+        guarded(_interrupts_itself)
+    report = catalogue.audit("softmax", _interrupts_itself, dtypes=["float32"])
+    assert [verdict.evidence.get("check") for verdict in report.verdicts if verdict.outcome == "fail"] == ["raises"]
+
+
+@pytest.mark.usefixtures("python_handles_interrupts")
+def test_where_nobody_can_tell_an_interrupt_is_the_users() -> None:
+    with pytest.raises(KeyboardInterrupt):
+        guarded(_interrupts_itself)
+    signal.signal(signal.SIGINT, lambda *_: None)
+    with told_apart(), pytest.raises(KeyboardInterrupt):
+        guarded(_interrupts_itself)
 
 
 @pytest.mark.parametrize("place", ["a", "b", "nested"])
