@@ -6,6 +6,7 @@ signature.
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 import inspect
 import sys
@@ -156,9 +157,16 @@ def load(place: str) -> Callable[..., Any]:
         raise ValueError(f"--candidate {place}: there is no file {file}")
     module = _import(path)
     if not hasattr(module, name):
-        named = [n for n in vars(module) if not n.startswith("_")]
-        raise ValueError(f"--candidate {place}: {file} defines no {name!r} (it has {', '.join(named[:8])})")
+        raise ValueError(f"--candidate {place}: {file} defines no {name!r} ({_defined(module, name)})")
     return getattr(module, name)  # type: ignore[no-any-return]
+
+
+def _defined(module: Any, name: str) -> str:
+    """The functions and classes that a module itself defines, those that are called nearly `name` first."""
+    own = [n for n, x in vars(module).items() if callable(x) and getattr(x, "__module__", None) == module.__name__]
+    close = difflib.get_close_matches(name, own, 8)
+    shown = list(dict.fromkeys([*close, *(n for n in own if not n.startswith("_"))]))
+    return f"it has {', '.join(shown[:8])}{', …' * (len(shown) > 8)}" if shown else "it has no function and no class"
 
 
 def _import(path: Path) -> Any:

@@ -364,6 +364,12 @@ def test_files_are_loaded_by_name_and_again_when_they_change(tmp_path: Path) -> 
     ("name", "text", "told"),
     [
         ("mine.py:other", "def op(x): pass", "defines no 'other' \\(it has op\\)"),
+        (
+            "mine.py:softmx",
+            "import os\nfrom json import dumps\nN = 3\ndef op(x): pass\nclass softmax: pass",
+            "has softmax, op\\)",
+        ),
+        ("mine.py:op", "import numpy as np", "has no function and no class"),
         ("mine.py", "", "FILE.py:NAME is expected"),
         ("mine.txt:op", "", "FILE.py:NAME is expected"),
         ("none.py:op", None, "there is no file"),
