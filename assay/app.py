@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from assay import guard
 from assay.cli import COMMANDS, EXIT_CODES, SUMMARY
 from assay.screen import Job, console, errors, judge, line, progress, read_case, show_audit, show_mutants
 
@@ -120,7 +121,9 @@ def audit_command(
         show_mutants(partial(catalogue.mutants, Path("tests") / "mutants"))
     files = {"json": json, "junit": junit, "sarif": sarif, "html": html}
     if replay is not None:
-        show_audit(lambda _: catalogue.replay(read_case(replay), candidate, device=device), files, failures)
+        show_audit(
+            lambda _: catalogue.replay(read_case(replay), candidate, device=device, at=guard.note), files, failures
+        )
     work = partial(
         catalogue.audit,
         contracts or [],
@@ -132,6 +135,7 @@ def audit_command(
         layouts=layout or (),
         full=full,
         seed=seed,
+        at=guard.note,
     )
     show_audit(lambda advance: work(advance=advance), files, failures)
 

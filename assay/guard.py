@@ -13,7 +13,7 @@ import sys
 from typing import NoReturn
 
 SILENCE = 300.0  # seconds without a new case after which the candidate is taken to hang
-DONE = "done"
+DONE = b"done "
 _pipe: int | None = None
 
 
@@ -33,31 +33,41 @@ def watch() -> None:
 
 def note(text: str) -> None:
     """Tell the watching parent, if there is one, what is being done."""
+    _write(b"at " + text.replace("\n", " ").encode(errors="replace"))
+
+
+def done(code: int) -> None:
+    """Tell the watching parent, if there is one, that all is done, and the exit code that the process will have."""
+    _write(DONE + str(code).encode())
+
+
+def _write(data: bytes) -> None:
     if _pipe is not None:
-        os.write(_pipe, text.replace("\n", " ").encode(errors="replace")[:500] + b"\n")
+        os.write(_pipe, data + b"\n")
 
 
 def _wait(child: int, reading: int) -> NoReturn:
-    last, rest = "its start", b""
+    last, rest = b"at its start", b""
     while True:
         ready, _, _ = select.select([reading], [], [], SILENCE)
         if not ready:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            print(f"assay: FAIL: the candidate has not come back for {SILENCE:g} s, at {last}", file=sys.stderr)
-            os._exit(1)
+            _fail(f"has not come back for {SILENCE:g} s", last)
         data = os.read(reading, 65536)
         if not data:
             break
         *lines, rest = (rest + data).split(b"\n")
-        last = lines[-1].decode(errors="replace") if lines else last
+        last = lines[-1] if lines else last
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if last == DONE or code in (
-        2,
-        130,
-        141,
-    ):  # the child's own ends: a report, a complaint, an interrupt, a closed pipe
-        os._exit(code)
-    how = f"signal {-code}" if code < 0 else f"exit code {code}"
-    print(f"assay: FAIL: the candidate ended the process ({how}), at {last}", file=sys.stderr)
+    if last.startswith(DONE):
+        os._exit(int(last.removeprefix(DONE)))  # whatever a candidate may have done at exit
+    if code == -signal.SIGINT:  # a second Ctrl-C, while the first was being said
+        os._exit(128 + signal.SIGINT)
+    _fail(f"ended the process ({f'signal {-code}' if code < 0 else f'exit code {code}'})", last)
+
+
+def _fail(what: str, last: bytes) -> NoReturn:
+    """Say what the candidate did, and at which case."""
+    print(f"assay: FAIL: the candidate {what}, {last.decode(errors='replace')}", file=sys.stderr)
     os._exit(1)

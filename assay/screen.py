@@ -12,6 +12,7 @@ from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from json import dumps, loads
 from pathlib import Path
+from traceback import print_exception
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import typer
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 LOG_WIDTH = 140
 LOG_SECONDS = 2.0  # a line of progress at most so often
 PART = re.compile(r"(\d+)/(\d+) ")
+DEBUG = "ASSAY_DEBUG"  # set in the environment: errors show their traceback
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
 
 
@@ -59,28 +61,45 @@ def line(where: Console, text: str) -> None:
 
 def start(app: typer.Typer) -> NoReturn:
     """Run the command line and exit: errors at the edge become one line and exit code 2."""
+    code = _run(app)
+    guard.done(code)
+    sys.exit(code)
+
+
+def _run(app: typer.Typer) -> int:
+    """The exit code of the command line."""
     try:
         code = app(standalone_mode=False)
         if code == INTERRUPTED:  # typer may have made an exit of it
             raise KeyboardInterrupt
         sys.stdout.flush() if sys.stdout else None
+        return code if isinstance(code, int) else 0
     except BrokenPipeError:
         # The reader (head, less) has enough; the rest of standard output goes nowhere.
         with suppress(OSError, AttributeError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(CLOSED_PIPE)
-    except (ValueError, OSError, RecursionError, MemoryError) as error:
-        line(errors, f"assay: {' '.join(str(error).split())}")
-        sys.exit(2)
+        return CLOSED_PIPE
     except (typer.Abort, KeyboardInterrupt):
         line(errors, "assay: interrupted; nothing that was accepted has changed")
-        sys.exit(INTERRUPTED)
+        return INTERRUPTED
     except Exception as error:
-        if not hasattr(error, "format_message"):
-            raise
-        line(errors, f"assay: {error.format_message()} (see --help)")  # typer's own complaint about the usage
-        sys.exit(2)
-    sys.exit(code if isinstance(code, int) else 0)
+        line(errors, f"assay: {_complaint(error)}")
+        if os.environ.get(DEBUG):
+            print_exception(error)
+        return 2
+
+
+def _complaint(error: Exception) -> str:
+    """What stopped a command, in one line with the way out."""
+    if hasattr(error, "format_message"):
+        return f"{error.format_message()} (see --help)"  # typer's own complaint about the usage
+    if isinstance(error, ValueError | OSError):
+        return " ".join(str(error).split())
+    if isinstance(error, MemoryError):
+        return f"out of memory: {error}".rstrip(": ")
+    from audits.errors import REPORT, told
+
+    return f"{told(error)}; {REPORT}, with the traceback that {DEBUG}=1 shows"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +183,6 @@ def show_audit(
     failed = sum(verdict.outcome == "fail" for verdict in wrong)
     line(screen, f"{len(report.verdicts)} verdicts, {failed} failed, {len(wrong) - failed} could not be judged")
     write_reports(report, wanted, write_json)
-    guard.note(guard.DONE)
     raise typer.Exit(report.exit_code)
 
 
@@ -228,7 +246,7 @@ def read_case(text: str) -> Any:
     path = Path(text)
     try:
         return loads(text if text.lstrip().startswith("{") else path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"--replay takes a JSON file, or the JSON itself ({error})") from error
 
 

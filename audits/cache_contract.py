@@ -17,7 +17,7 @@ from audits.cache_object import Lacks, copies, has, make, parameters, takes_wind
 from audits.cache_shrink import shrink
 from audits.candidate import Candidate, CandidateError
 from audits.contract import Argument, Finding, arguments_of
-from audits.errors import CannotJudge
+from audits.errors import CannotJudge, InternalError
 from audits.frameworks import DTYPES
 from audits.verdict import Verdict
 
@@ -157,10 +157,18 @@ class CacheSweep:
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts."""
+        wanted = self._wanted_dtypes()
+        try:
+            yield from self._run(wanted, full=full, seed=seed, advance=advance)
+        except Exception as error:
+            ours = InternalError(error)
+            yield self._verdict("could-not-judge", {}, f"nothing is judged from here on: {ours}", **ours.evidence)
+
+    def _run(self, wanted: Sequence[str], *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         from audits.cache_draw import drawn
 
         taken, refusals = [], []
-        for dtype in self._wanted_dtypes():
+        for dtype in wanted:
             plain = self.contract.case(Plan(program=[{"op": "feed", "on": 0, "n": 2}]), dtype, seed)
             refused = self.verdict(plain)
             if refused.outcome == "fail" and refused.evidence["check"] == "raises":
@@ -199,10 +207,19 @@ class CacheSweep:
         except Invalid as error:
             return self._verdict("could-not-judge", case, f"the program can't be run: {error}")
         except CannotJudge as error:
-            return self._verdict("could-not-judge", case, str(error))
+            return self._verdict("could-not-judge", case, str(error), **error.evidence)
 
     def check(self, case: Mapping[str, Any]) -> tuple[Finding | None, str]:
         """What is wrong in one case, or None, and a digest of everything that was fetched; Invalid, Lacks."""
+        self.candidate.at(self.recorded(case))
+        try:
+            return self._check(case)
+        except (Invalid, Lacks, CannotJudge):
+            raise
+        except Exception as error:
+            raise InternalError(error) from error
+
+    def _check(self, case: Mapping[str, Any]) -> tuple[Finding | None, str]:
         if case.get("growth"):
             return growth.check(self.contract, self.candidate, case, self.contract.options(case, self.untaken))
         try:
@@ -296,10 +313,14 @@ class CacheSweep:
             return False
         return not any(lacking & set(NEEDS.get(op["op"], ())) for op in plan.program)
 
+    def recorded(self, case: Mapping[str, Any]) -> dict[str, Any]:
+        """A case with all that is needed to run it again."""
+        named = {"contract": self.contract.name, "candidate": self.candidate.name}
+        return {**named, "framework": self.candidate.framework, **case}
+
     def _verdict(self, outcome: Any, case: Mapping[str, Any], message: str, **evidence: Any) -> Verdict:
-        recorded = {"contract": self.contract.name, "candidate": self.candidate.name}
-        recorded |= {"framework": self.candidate.framework, **case}
-        return Verdict(outcome=outcome, audit=self.contract.name, case=recorded, message=message, evidence=evidence)
+        case = self.recorded(case)
+        return Verdict(outcome=outcome, audit=self.contract.name, case=case, message=message, evidence=evidence)
 
 
 def _untaken(contract: CacheContract, candidate: Candidate) -> set[str]:

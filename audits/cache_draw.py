@@ -91,6 +91,7 @@ class _Program:
             if op.get("as") == FULL:
                 return
             self.case["program"].append(op)
+            self.sweep.candidate.at(self.sweep.recorded(self.case))
             try:
                 machine.apply(op)
             except (Invalid, Lacks):

@@ -36,8 +36,7 @@ class Candidate:
 
     name: how it can be found again (FILE.py:NAME, or "built-in"). claims: for an input dtype, what it states beyond the
     contract's default arithmetic. dtypes: the ones to try (none: all). layouts: how operands may lie in
-    memory. device: of the arrays that a torch candidate is
-    given.
+    memory. device: of the arrays that a torch candidate is given. at: is told each case before it runs.
     """
 
     function: Callable[..., Any]
@@ -47,6 +46,7 @@ class Candidate:
     dtypes: Sequence[str] = ()
     layouts: Sequence[str] = LAYOUTS
     device: str | None = None
+    at: Callable[[Mapping[str, Any]], None] = lambda case: None
 
     def __post_init__(self) -> None:
         if self.framework not in FRAMEWORKS:
@@ -54,7 +54,7 @@ class Candidate:
         if unknown := [name for name in self.layouts if name not in LAYOUTS]:
             raise ValueError(f"no layout {unknown[0]!r}; there is {', '.join(LAYOUTS)}")
         if not callable(self.function):
-            raise ValueError(f"{self.name} is a {type(self.function).__name__}, which can't be called")
+            raise ValueError(f"{self.name} is of type {type(self.function).__name__}, which can't be called")
 
     def lacks(self, arguments: tuple[Argument, ...]) -> tuple[str, ...]:
         """The optional arguments that it doesn't take; ValueError if it lacks one that it must have."""
@@ -69,7 +69,7 @@ class Candidate:
         by_place = [a for a in arguments if a.positional]
         if places < len(by_place) and not any(p.kind is p.VAR_POSITIONAL for p in taken):
             raise ValueError(
-                f"{self.name} takes {places} arguments by position; the contract passes"
+                f"{self.name} takes {places} argument{'s' * (places != 1)} by position; the contract passes"
                 f" {', '.join(a.name for a in by_place)}"
             )
         missing = [a for a in arguments if not a.positional and a.name not in names]

@@ -15,9 +15,10 @@ import audits.contracts as package
 from audits import moe_matmul
 from audits.candidate import Candidate, load, one_line
 from audits.contract import Argument
+from audits.errors import InternalError
 from audits.frameworks import DTYPES, LAYOUTS
 from audits.interrupts import told_apart
-from audits.verdict import Report, Verdict
+from audits.verdict import Report, Verdict, replay_command
 from reference.arithmetic import Arithmetic
 
 Advance = Callable[[str], None]
@@ -64,7 +65,7 @@ def contracts() -> Mapping[str, Auditable]:
 
 @told_apart()
 def audit(
-    wanted: str | Sequence[str],
+    wanted: str | Sequence[str] | None,
     candidate: Any = None,
     *,
     framework: str | None = None,
@@ -75,11 +76,19 @@ def audit(
     full: bool = False,
     seed: int = 0,
     advance: Advance = lambda _: None,
+    at: Advance = lambda _: None,
 ) -> Report:
-    """Judge a candidate (None: the engine's own) by the named contracts (none: all); ValueError for bad input."""
+    """Judge a candidate (None: the engine's own) by the named contracts (none: all); ValueError for bad input.
+
+    advance: called with each step, for people. at: called with each case before it runs, for whoever must say which
+    one a candidate did not come back from. A contract that can't judge loses nothing of the others.
+    """
+    wanted = _listed("contracts", wanted or ())
     if not wanted and candidate is not None:
         raise ValueError("name the contract that the candidate is judged by")
-    chosen = [contract(name) for name in ([wanted] if isinstance(wanted, str) else list(wanted) or names())]
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed is {seed!r}; a whole number from 0 on is expected")
+    chosen = list({one.name: one for one in map(contract, wanted or names())}.values())
     for name in candidate if isinstance(candidate, Mapping) else ():
         contract(name)
     _check_claims(claims)
@@ -89,13 +98,31 @@ def audit(
         claims=claims,
         dtypes=_chosen("dtype", dtypes, DTYPES),
         layouts=_chosen("layout", layouts, LAYOUTS),
+        at=at,
     )
     verdicts: list[Verdict] = []
-    judging = [list(_judges(one, candidate, told)) for one in chosen]  # bad input shows before anything runs
-    for i, judges in enumerate(judging):
+    judging = [(one, list(_judges(one, candidate, told))) for one in chosen]  # bad input shows before anything runs
+    for i, (one, judges) in enumerate(judging):
         for judge in judges:
-            verdicts += judge(full, seed, lambda text, i=i: advance(f"{i + 1}/{len(chosen)} {text}"))  # type: ignore[misc]  # mypy can't infer a lambda's default
+            at(f"the start of {one.name}")
+            try:
+                for verdict in judge(full, seed, lambda text, i=i: advance(f"{i + 1}/{len(chosen)} {text}")):  # type: ignore[misc]  # mypy can't infer a lambda's default
+                    verdicts.append(verdict)  # one by one: an error takes none of them along
+            except Exception as error:
+                if isinstance(error, ValueError | OSError) and not verdicts and len(chosen) == 1:
+                    raise
+                verdicts.append(_unjudged(one, candidate, error))
     return Report(verdicts=verdicts)
+
+
+def _unjudged(one: Auditable, candidate: Any, error: Exception) -> Verdict:
+    """The verdict of a contract that could not go on."""
+    given = candidate.get(one.name) if isinstance(candidate, Mapping) else candidate
+    case = {"contract": one.name, "candidate": BUILT_IN if given is None else _place(given)}
+    if isinstance(error, ValueError | OSError):
+        return Verdict(outcome="could-not-judge", audit=one.name, case=case, message=one_line(error))
+    ours = InternalError(error)
+    return Verdict(outcome="could-not-judge", audit=one.name, case=case, message=str(ours), evidence=ours.evidence)
 
 
 class _Told:
@@ -109,9 +136,21 @@ class _Told:
         claims: Mapping[str, str] | None,
         dtypes: tuple[str, ...] = (),
         layouts: tuple[str, ...] = (),
+        at: Advance = lambda _: None,
     ) -> None:
         self.framework, self.device, self.claims = framework, device, dict(claims or {})
         self.dtypes, self.layouts = dtypes, ("contiguous", *layouts) if layouts else LAYOUTS
+        self.at = at
+
+    def case(self, case: Mapping[str, Any]) -> None:
+        """Say which case runs next."""
+        self.at(f"{case['contract']}; replay: {replay_command(case)}")
+
+    @property
+    def of_python(self) -> list[str]:
+        """What was said that means something for Python candidates alone."""
+        said = {"framework": self.framework, "device": self.device, "claims": self.claims, "dtype": self.dtypes}
+        return [name for name, value in said.items() if value] + ["layout"] * (self.layouts != LAYOUTS)
 
 
 Judging = Callable[[bool, int, Advance], Iterable[Verdict]]
@@ -121,6 +160,11 @@ def _judges(one: Auditable, candidate: Any, told: _Told) -> Iterator[Judging]:
     """What has to run: the sweep of a Python candidate, and for Metal kernels of routed matmuls the wide-tile audit."""
     kernels = isinstance(candidate, str | Path) and Path(candidate).suffix == ".toml"
     if one.name == moe_matmul.NAME and (kernels or candidate is None):
+        if kernels and told.of_python:
+            raise ValueError(
+                f"{candidate} describes Metal kernels, which run on the host CPU; {', '.join(told.of_python)} can be"
+                " chosen for a Python candidate alone: leave it out"
+            )
         yield lambda full, seed, advance: moe_matmul.audit(candidate, full=full, seed=seed, advance=advance)
     elif kernels:
         raise ValueError(
@@ -139,7 +183,13 @@ def _candidate(name: str, given: Any, told: _Told) -> Candidate:
         given = given[name]
     if given is None:
         return _built_in(name, told)
-    place = given if isinstance(given, str) else f"{getattr(given, '__module__', '')}:{_name(given)}"
+    if not isinstance(given, str) and not callable(given):
+        raise ValueError(
+            f"candidate is of type {type(given).__name__}, which can't be called; give a function that takes the"
+            f' arguments of {name}, or its place as "FILE.py:NAME"'
+        )
+    place = _place(given)
+    told.at(f"importing {place}")
     function = load(given) if isinstance(given, str) else given
     _select(told.framework or "numpy", told.device)
     return Candidate(
@@ -150,11 +200,15 @@ def _candidate(name: str, given: Any, told: _Told) -> Candidate:
         dtypes=told.dtypes,
         layouts=told.layouts,
         device=told.device if told.framework == "torch" else None,
+        at=told.case,
     )
 
 
-def _name(given: Any) -> str:
-    return str(getattr(given, "__qualname__", type(given).__name__))
+def _place(given: Any) -> str:
+    """Where a candidate is: as it was told, or MODULE:NAME of an object."""
+    if isinstance(given, str | Path):
+        return str(given)
+    return f"{getattr(given, '__module__', '')}:{getattr(given, '__qualname__', type(given).__name__)}"
 
 
 def _built_in(name: str, told: _Told) -> Candidate:
@@ -187,6 +241,11 @@ def _select(framework: str, device: str | None) -> Any:
     """Make `device` the one that MLX computes on; for the others it goes with the arrays. ValueError if torch has none
     of that name.
     """
+    if framework == "numpy" and device is not None:
+        raise ValueError(
+            f"device {device!r} is for candidates in mlx or torch; NumPy's arrays are on the CPU: leave it out, or name"
+            " the framework"
+        )
     if framework == "torch" and device is not None:
         import torch
 
@@ -208,15 +267,24 @@ def _check_claims(claims: Mapping[str, str] | None) -> None:
     Arithmetic.claim("float32", **dict(claims or {}))
 
 
+def _listed(what: str, given: str | Sequence[str]) -> tuple[str, ...]:
+    """One name or several; ValueError for what is neither."""
+    if not isinstance(given, Sequence):
+        raise ValueError(f"{what} are of type {type(given).__name__}; a name or a list of names is expected")
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
 def _chosen(what: str, given: str | Sequence[str], known: Iterable[str]) -> tuple[str, ...]:
-    chosen = (given,) if isinstance(given, str) else tuple(given)
+    chosen = _listed(f"{what}s", given)
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"no {what} {unknown[0]!r}; there is {', '.join(known)}")
     return chosen
 
 
 @told_apart()
-def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None = None) -> Report:
+def replay(
+    case: Mapping[str, Any], candidate: Any = None, *, device: str | None = None, at: Advance = lambda _: None
+) -> Report:
     """Run one case again, as a Verdict recorded it; `candidate` for one that can't be found by its recorded name."""
     case = case.get("case", case) if isinstance(case, Mapping) else {}
     name = case.get("contract") if isinstance(case, Mapping) else None
@@ -224,7 +292,11 @@ def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None
         raise ValueError(f'a case to replay has a "contract" ({", ".join(names())}); this one has {name!r}')
     _check_claims(case.get("claims"))
     if name == moe_matmul.NAME and "kernel" in case:
-        return Report(verdicts=[moe_matmul.replay(case)])
+        if device is not None:
+            raise ValueError(
+                f"this is a case of a Metal kernel, which runs on the host CPU: leave out device {device!r}"
+            )
+        return Report(verdicts=[moe_matmul.replay(case if candidate is None else {**case, "candidate": candidate})])
     place = case.get("candidate", BUILT_IN)
     if candidate is None and place != BUILT_IN and not (isinstance(place, str) and ".py:" in place):
         raise ValueError(f"{place} was a function of another program: pass it again as candidate")
@@ -232,7 +304,7 @@ def replay(case: Mapping[str, Any], candidate: Any = None, *, device: str | None
         framework=None if place == BUILT_IN and candidate is None else case.get("framework"),
         device=device,
         claims=case.get("claims"),
-        dtypes=(),
+        at=at,
     )
     made = _candidate(name, candidate if candidate is not None else None if place == BUILT_IN else place, told)
     return Report(verdicts=[contract(name).replay(case, made)])

@@ -15,7 +15,7 @@ import numpy as np
 from audits.candidate import Candidate, CandidateError, ChangedInput
 from audits.contract import Call, Contract, Finding, Outputs, Refusable, Relation
 from audits.domain import Case, draw, filled, shrink, strategy, turn
-from audits.errors import CannotJudge, DeviceLost
+from audits.errors import CannotJudge, DeviceLost, InternalError
 from audits.frameworks import DTYPES, LAYOUTS, differs
 from audits.outputs import NO_ARRAY, digest_of, malformed
 from audits.relations import RERUN
@@ -72,13 +72,16 @@ class Sweep:
 
     def run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         """All verdicts: first what is left out and why, then the corpus, the relations and the drawn cases."""
+        wanted = self._wanted_dtypes()
         try:
-            yield from self._run(full=full, seed=seed, advance=advance)
+            yield from self._run(wanted, full=full, seed=seed, advance=advance)
         except DeviceLost as error:
             yield self._verdict("could-not-judge", {}, f"{error}; nothing is judged from here on")
+        except Exception as error:
+            ours = InternalError(error)
+            yield self._verdict("could-not-judge", {}, f"nothing is judged from here on: {ours}", **ours.evidence)
 
-    def _run(self, *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
-        wanted = self._wanted_dtypes()
+    def _run(self, wanted: Sequence[str], *, full: bool, seed: int, advance: Advance) -> Iterator[Verdict]:
         if left_out := [d for d in self.candidate.dtypes if d not in wanted]:
             yield self._verdict("skipped", {}, f"{self.contract.name} has no {', '.join(left_out)}")
         if not wanted:
@@ -225,7 +228,7 @@ class Sweep:
         try:
             finding, digest = self._check(case)
         except CannotJudge as error:
-            return self._verdict("could-not-judge", case, str(error))
+            return self._verdict("could-not-judge", case, str(error), **error.evidence)
         except _Lacking:
             return self._verdict("skipped", case, f"the candidate takes no {', '.join(self.lacking)}: this needs it")
         if finding is None:
@@ -285,8 +288,10 @@ class Sweep:
     @np.errstate(all="ignore")  # what a candidate gives may be anything
     def _check(self, case: Case) -> tuple[Finding | None, str]:
         """What is wrong with the candidate in one case, or None, and a digest of its outputs."""
-        call, digest = self.contract.call(case), ""
+        self.candidate.at(self._recorded(case))
+        digest = ""
         try:
+            call = self.contract.call(case)
             if case["relation"].startswith(PAIR):
                 before = self.contract.bases[int(case["relation"].removeprefix(PAIR))]
                 same = {name: case[name] for name in ("dtype", *self.form)}
@@ -304,6 +309,10 @@ class Sweep:
             return Finding(check="inputs unchanged", message=str(error)), ""
         except CandidateError as error:
             return Finding(check="raises", message=str(error)), ""
+        except (CannotJudge, DeviceLost, _Lacking):
+            raise
+        except Exception as error:
+            raise InternalError(error) from error
 
     def _broken(self, relation: Relation, case: Case, call: Call, outputs: Outputs) -> Finding | None:
         """What is wrong with a relation, or with the shape of a result that it stumbles over."""

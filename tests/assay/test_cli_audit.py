@@ -175,6 +175,35 @@ def test_every_format_is_written(audit: Run) -> None:
     assert Path("report.html").read_text().count('<td class="fail">fail</td>') == failed + 1, "one more in the table"
 
 
+def test_a_contract_that_cannot_judge_loses_nothing_of_the_others(audit: Run) -> None:
+    arguments = ("--candidate", "mine.py:softmax", *FLOAT32, "--json", "r.json")
+    for contracts in (("softmax", "matmul"), ("matmul", "softmax")):
+        code, out, err = audit(*contracts, *arguments)
+        assert code == 2, err
+        assert "COULD-NOT-JUDGE matmul: mine.py:softmax takes 1 argument by position; the contract passes a, b" in out
+        verdicts = json.loads(Path("r.json").read_text())["verdicts"]
+        (other,) = [verdict for verdict in verdicts if verdict["audit"] == "matmul"]
+        assert (other["outcome"], other["case"]["candidate"]) == ("could-not-judge", "mine.py:softmax")
+        assert len(verdicts) > 100
+        assert {verdict["outcome"] for verdict in verdicts if verdict["audit"] == "softmax"} == {"pass"}
+
+
+def test_an_error_of_ours_says_so_and_has_its_traceback(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise TypeError("not theirs")
+
+    monkeypatch.setattr("audits.catalogue._check_claims", broken)
+    code, _, err = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32)
+    assert code == 2
+    line = one_line(err)
+    assert "an error in assay itself at audits/catalogue.py:" in line
+    assert "TypeError: not theirs; please report it, with the traceback that ASSAY_DEBUG=1 shows" in line
+    monkeypatch.setenv("ASSAY_DEBUG", "1")
+    code, _, err = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32)
+    assert code == 2
+    assert "Traceback (most recent call last)" in err
+
+
 @pytest.mark.parametrize("kind", ["json", "junit", "sarif", "html"])
 def test_a_report_on_standard_output_is_only_that(audit: Run, kind: str) -> None:
     code, out, err = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32, f"--{kind}", "-")
@@ -203,7 +232,13 @@ def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
         (["softmax", "--candidate", "none.py:x"], "--candidate none.py:x: there is no file none.py"),
         (["softmax", "--candidate", "mine.py"], "FILE.py:NAME is expected"),
         (["softmax", "--candidate", "mine.py:f"], "defines no 'f'"),
-        (["softmax", "--candidate", "strangers.py:number"], "which can't be called"),
+        (["softmax", "--candidate", "strangers.py:number"], "is of type int, which can't be called"),
+        (
+            ["softmax", "--candidate", "mine.py:softmax", "--device", "cuda"],
+            "device 'cuda' is for candidates in mlx or",
+        ),
+        (["--replay", '{"contract": "softmax", "candidate": "mine.py:softmax"}', "--device", "cpu"], "leave it out"),
+        (["moe_matmul", "--candidate", "none.toml", "--device", "cpu"], "run on the host CPU; device can be"),
         (["softmax", "--candidate", "strangers.py:pairs", "--framework", "jax"], "no framework 'jax'"),
         (["rope", "--candidate", "strangers.py:raising"], "takes no argument 'dims'"),
         (["--candidate", "mine.py:softmax"], "name the contract"),
@@ -227,7 +262,7 @@ def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
         (["--replay", '{"contract": "softmax", "candidate": "none.py:f"}'], "there is no file none.py"),
         (["--replay", '{"contract": "softmax", "candidate": "__main__:f"}'], "pass it again as candidate"),
         (["--replay", '{"contract": "softmax", "candidate": "mine.py:softmax", "framework": 3}'], "no framework 3"),
-        (["--replay", '{"contract": "matmul", "candidate": "mine.py:softmax"}'], "takes 1 arguments by position"),
+        (["--replay", '{"contract": "matmul", "candidate": "mine.py:softmax"}'], "takes 1 argument by position"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_before_anything_runs(

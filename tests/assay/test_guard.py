@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,10 @@ import ctypes, os, time
 
 def ends(gate, up):
     os._exit(0)
+
+
+def complains(gate, up):
+    os._exit(2)  # as a complaint of ours would
 
 
 def crashes(gate, up):
@@ -32,6 +38,7 @@ COMMAND = "from assay import guard; guard.SILENCE = 8.0; from assay.cli import c
     ("name", "says"),
     [
         ("ends", "ended the process (exit code 0)"),
+        ("complains", "ended the process (exit code 2)"),
         ("crashes", "ended the process (signal"),
         ("hangs", "has not come back"),
     ],
@@ -51,3 +58,23 @@ def test_it_is_reported_and_fails(name: str, says: str, tmp_path: Path) -> None:
     assert done.returncode == 1
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+    _, _, command = done.stderr.partition("replay: ")
+    assert command.startswith("assay audit --replay "), "the very first call has a case too"
+    case = json.loads(shlex.split(command)[-1])
+    assert (case["contract"], case["candidate"], case["dtype"]) == ("swiglu", f"mine.py:{name}", "float32")
+
+
+def test_a_candidate_cannot_change_how_a_report_ends(tmp_path: Path) -> None:
+    text = "import atexit, os\natexit.register(lambda: os._exit(0))\ndef zeros(gate, up): return 0 * gate\n"
+    (tmp_path / "mine.py").write_text(text, encoding="utf-8")
+    arguments = ["audit", "swiglu", "--candidate", "mine.py:zeros", "--dtype", "float32"]
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "FAIL swiglu" in done.stdout

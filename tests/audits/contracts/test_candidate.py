@@ -83,7 +83,7 @@ def test_optional_arguments_that_are_not_taken_are_known(function: Any, lacking:
     [
         (lambda a, b: 0, "test takes no argument 'eps', which the contract passes by name"),
         (lambda a, b, eps, /: 0, "test takes no argument 'eps', which the contract passes by name"),
-        (lambda a, *, eps: 0, "test takes 1 arguments by position; the contract passes a, b"),
+        (lambda a, *, eps: 0, "test takes 1 argument by position; the contract passes a, b"),
         (lambda **named: 0, None),
     ],
 )
@@ -112,7 +112,7 @@ def test_arguments_are_passed_by_position_and_name() -> None:
 
 
 def test_what_cannot_be_called_and_other_frameworks_are_refused() -> None:
-    with pytest.raises(ValueError, match="test is a int, which can't be called"):
+    with pytest.raises(ValueError, match="test is of type int, which can't be called"):
         candidate(3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="no framework 'jax'; there is numpy, mlx, torch"):
         candidate(softmax, framework="jax")
@@ -340,13 +340,34 @@ def test_a_relation_that_stumbles_over_a_wrong_shape_names_the_shape() -> None:
     assert {"shape", "rerun"} & failing(judged(now_and_then))
 
 
-def test_an_error_of_ours_is_not_blamed_on_the_candidate() -> None:
-    def check(*_: Any) -> str | None:
-        raise IndexError("of ours")
+@pytest.mark.parametrize("error", [IndexError("of ours"), ValueError("of ours")])
+@pytest.mark.parametrize("place", ["judge", "relations", "build"])
+def test_an_error_of_ours_is_blamed_on_nobody_and_loses_nothing(place: str, error: Exception) -> None:
+    def broken(*_: Any) -> Any:
+        raise error
 
-    broken = replace(FEW, relations=[replace(FEW.relations[0], check=check)])
-    with pytest.raises(IndexError, match="of ours"):
-        judged(softmax, broken)
+    changed = {
+        "judge": {"judge": lambda call, *rest: broken() if call.args["x"].shape[1] == 257 else FEW.judge(call, *rest)},
+        "relations": {"relations": [replace(FEW.relations[0], check=broken)]},
+        "build": {"build": lambda case: broken() if case["S"] == 257 else FEW.build(case)},
+    }[place]
+    verdicts = judged(softmax, replace(FEW, **changed))
+    assert {verdict.outcome for verdict in verdicts} == {"pass", "could-not-judge"}
+    ours = [verdict for verdict in verdicts if verdict.outcome == "could-not-judge"]
+    assert all(type(error).__name__ + ": of ours; please report it" in verdict.message for verdict in ours)
+    assert all("in broken" in verdict.evidence["traceback"] for verdict in ours)
+    assert all("\n" not in verdict.message for verdict in ours)
+
+
+def test_an_error_of_ours_outside_any_case_is_no_bad_input() -> None:
+    def corpus(full: bool) -> Any:
+        raise ValueError("of ours")
+
+    *others, last = judged(softmax, replace(FEW, corpus=corpus))
+    assert {verdict.outcome for verdict in others} == {"pass"}
+    assert last.outcome == "could-not-judge"
+    assert "nothing is judged from here on: an error in assay itself" in last.message
+    assert last.evidence["check"] == "internal error"
 
 
 def test_files_are_loaded_by_name_and_again_when_they_change(tmp_path: Path) -> None:
