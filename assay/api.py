@@ -38,6 +38,12 @@ def compare(actual: Trace, expected: Trace, *, model: str | Path | None = None) 
     against "model_hash") or that `model` names; traces that name none are compared within the dtype's tolerance, and
     `.judged_by` says so. Raises ValueError when the tokens differ or the model at hand is another one.
     """
+    for which, given in (("actual", actual), ("expected", expected)):
+        if not isinstance(given, Trace):
+            raise ValueError(
+                f"{which} is of type {type(given).__name__}; a Trace is expected, as assay.run returns it and"
+                " assay.golden.open(PATH).trace is one"
+            )
     name = str(model) if model is not None else actual.provenance.get("model")
     if name is None:
         return compare_traces(actual, expected, None)
@@ -78,10 +84,11 @@ def audit(
     names: one contract, several, or none for all (`assay.contracts()` has them). candidate: a function that takes the
     contract's arguments (a factory, for caches), "FILE.py:NAME", a dict of these by contract, for moe_matmul also a
     TOML file that describes Metal kernels; None: the engine's own. framework: of the arrays that it is given, "numpy"
-    (the default), "mlx" or "torch". claims: its arithmetic, e.g. {"accumulate": "float32", "intermediate": "input"};
-    by default what honest code of the inputs' dtype may do. dtypes: the ones to try, by default float32, float16 and
-    bfloat16. layouts: how operands may lie in memory besides contiguous, by default in every way
-    (audits/frameworks.py). `quick` runs the boundaries, `full` everything crossed. Raises ValueError for bad input.
+    (the default), "mlx" or "torch". device: what mlx or torch computes on; NumPy has the CPU alone. claims: its
+    arithmetic, e.g. {"accumulate": "float32", "intermediate": "input"}; by default what honest code of the inputs'
+    dtype may do. dtypes: the ones to try, by default float32, float16 and bfloat16. layouts: how operands may lie in
+    memory besides contiguous, by default in every way (audits/frameworks.py). `quick` runs the boundaries, `full`
+    everything crossed. Raises ValueError for bad input; of several contracts, one that can't judge is a verdict.
     """
     return run_audit(
         names,

@@ -91,6 +91,8 @@ class Golden:
 
 def open(path: str | Path) -> Golden:
     """The Golden stored at `path`, usable in `with`; raises GoldenError, in one line, unless every check passes."""
+    if not isinstance(path, str | Path):
+        raise GoldenError(f"a golden is opened by its path; this is of type {type(path).__name__}")
     path = Path(path)
     try:
         status = path.stat()
