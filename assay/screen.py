@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shlex
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 # Not a terminal (a CI log): wide enough for every column of the table.
 LOG_WIDTH = 140
-LOG_SECONDS = 2.0  # a line of progress at most so often
+LOG_SECONDS = 60.0  # a log gets a line a contract, or a job, and one so often, for whoever ends what says nothing
 PART = re.compile(r"(\d+)/(\d+) ")
 DEBUG = "ASSAY_DEBUG"  # set in the environment: errors show their traceback
 INTERRUPTED, CLOSED_PIPE = 130, 141  # 128 + SIGINT, 128 + SIGPIPE: what a shell reports
@@ -274,17 +275,20 @@ def _show(screen: Console, title: str, judged: Sequence[Judged], *, every: bool)
 
 @contextmanager
 def progress(title: str, total: int | None) -> Iterator[Callable[[str], None]]:
-    """A progress bar on a terminal, a line a step in a log, on standard error; the yielded function names a step.
+    """A progress bar on a terminal, a few lines in a log, on standard error; the yielded function names a step.
 
     A step whose name starts with "3/22 " is one of many in the third of 22 parts, which the bar then counts.
     """
     if not errors.is_terminal:
-        shown = 0.0
+        shown, group = -math.inf, ""
 
         def tell(name: str) -> None:
-            nonlocal shown
-            if time.monotonic() - shown >= LOG_SECONDS:
-                shown = time.monotonic()
+            nonlocal shown, group
+            part = PART.match(name)
+            now, before = time.monotonic(), group
+            group = part[0] if part else group
+            if group != before or now - shown >= LOG_SECONDS:
+                shown = now
                 line(errors, f"… {title}: {name}")
 
         yield tell

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import signal
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from junitparser import JUnitXml
 
-from assay import cli
+from assay import cli, screen
 
 HONEST = """
 import numpy as np
@@ -57,6 +58,13 @@ def changing(x):
     global calls
     calls += 1
     return np.nextafter(promoting(x), np.float32(calls % 2))
+
+def either(x, up=None, *, limit=None):
+    import numpy as np
+    if up is None:
+        return promoting(x).astype(x.dtype)
+    g, u = (x, up) if limit is None else (np.minimum(x, limit), np.clip(up, -limit, limit))
+    return g / (1 + np.exp(-g)) * u
 
 number = 3
 """
@@ -103,6 +111,25 @@ def test_an_honest_candidate_passes_and_leaves_nothing_behind(audit: Run) -> Non
     assert "a candidate may print" in err
     assert "loading weights" in err
     assert left() == set()
+
+
+def test_a_log_gets_a_line_a_contract(audit: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = itertools.count()
+    monkeypatch.setattr("assay.screen.time.monotonic", lambda: next(now) / 10)  # a hundred cases take ten seconds
+    _, _, err = audit("softmax", "swiglu", "--candidate", "strangers.py:either", *FLOAT32)
+    progress = [text for text in err.splitlines() if text.startswith("…")]
+    assert progress[0].startswith("… audit: 1/2 softmax float32")
+    assert [text.split()[2] for text in progress if "1/2" in text or "2/2" in text] == ["1/2", "2/2"], progress
+
+
+def test_a_long_contract_is_heard_of_once_a_minute(capfd: pytest.CaptureFixture[str], monkeypatch) -> None:
+    now = iter([0.0, 30.0, 61.0, 70.0, 80.0])
+    monkeypatch.setattr("assay.screen.time.monotonic", lambda: next(now))
+    with screen.progress("audit", None) as tell:
+        for name in ("1/2 a first", "1/2 a second", "1/2 a third", "2/2 b first", "2/2 b second"):
+            tell(name)
+    told = capfd.readouterr().err.splitlines()
+    assert told == ["… audit: 1/2 a first", "… audit: 1/2 a third", "… audit: 2/2 b first"]
 
 
 def test_a_failure_exits_1_and_its_replay_does_too_until_it_is_mended(audit: Run) -> None:
