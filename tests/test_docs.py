@@ -39,3 +39,17 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in sorted(DOCS.rglob("*.md")):
         for target in re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+# NAME#NUMBER or NAME #NUMBER; OWNER/NAME#NUMBER says where that is.
+OWNERLESS = re.compile(r"(?<![\w./-])[a-zA-Z][\w.-]* ?#[0-9]+\b(?!\w)")
+
+
+def test_published_bugs_are_named_with_their_owner() -> None:
+    root = DOCS.parent
+    sources = [*root.glob("tests/mutants/**/*.toml"), *root.glob("tests/mutants/**/*.py"), *DOCS.rglob("*.md")]
+    for page in [*sources, *root.glob("*.md"), *root.glob("audits/**/*.py"), *root.glob("reference/**/*.py")]:
+        text = page.read_text(encoding="utf-8")
+        assert not OWNERLESS.findall(text), page
+        for source in re.findall(r'^source = "([^"]+)"$', text, re.MULTILINE):
+            assert re.match(r"[\w.-]+/[\w.-]+(#\d+|@[0-9a-f]{7,}| [\d.]+)?$", source) or ".metal" in source, page

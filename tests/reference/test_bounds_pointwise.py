@@ -119,7 +119,7 @@ def test_a_rounding_too_many_in_rope_is_outside(kind: str, dtype: str) -> None:
 
     table = turned(round_to(angles.cos(), low), round_to(angles.sin(), low))
     assert excess(table.to(DTYPES[dtype]), plain).max() > 1.2
-    narrow = turned(round_to(angles, low).cos(), round_to(angles, low).sin())  # mlx#2792: angles in half
+    narrow = turned(round_to(angles, low).cos(), round_to(angles, low).sin())  # ml-explore/mlx#2792: angles in half
     assert excess(narrow.to(DTYPES[dtype]), plain).max() > 100
     assert excess(narrow.to(DTYPES[dtype]), stored).max() > 10
     between = round_to(turned(angles.cos(), angles.sin()).float().double(), BETWEEN[dtype])

@@ -159,7 +159,7 @@ def test_square_root_of_softplus_by_hand() -> None:
 
 
 def test_cold_rows_keep_their_order_where_a_naive_softplus_is_a_tie() -> None:
-    """Below −16.6, 1 + eˣ rounds to 1 in float32: log(1 + eˣ) is 0 for all experts (ds4 #1044)."""
+    """Below −16.6, 1 + eˣ rounds to 1 in float32: log(1 + eˣ) is 0 for all experts (antirez/ds4#1044)."""
     x = torch.tensor([[-19.0, -17.0, -18.0]])
     assert (torch.log(1 + torch.exp(x)) == 0).all()
     assert ops.top_k(ops.router_scores(x, "sqrtsoftplus"), 2).tolist() == [[1, 2]]
