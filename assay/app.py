@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -99,7 +100,7 @@ def audit_command(
         list[str] | None, typer.Option("--layout", help="Lay operands out so and contiguous alone; repeatable.")
     ] = None,
     full: Annotated[bool, typer.Option("--full/--quick", help="Everything crossed, or the boundaries.")] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the operands.")] = 0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Draws the operands; 0.")] = None,
     replay: Annotated[str | None, typer.Option(help="Run one case again: a JSON file, or the JSON itself.")] = None,
     mutants: Annotated[
         bool, typer.Option("--mutants", help="Plant the known bugs, and show which check sees which.")
@@ -117,7 +118,13 @@ def audit_command(
     from audits import catalogue
     from audits.claims import read_claims
 
+    said: dict[str, object] = {"CONTRACT": contracts, "--framework": framework, "--claims": claims, "--dtype": dtype}
+    said |= {"--layout": layout, "--full": full, "--seed": seed is not None}
+    if replay is not None:
+        _leave_out("--replay", "the case says what is run", said | {"--mutants": mutants})
     if mutants:
+        said |= {"--candidate": candidate, "--device": device, "--json": json, "--junit": junit, "--sarif": sarif}
+        _leave_out("--mutants", "it plants all bugs and prints a table", said | {"--html": html})
         show_mutants(partial(catalogue.mutants, Path("tests") / "mutants"))
     files = {"json": json, "junit": junit, "sarif": sarif, "html": html}
     if replay is not None:
@@ -134,10 +141,16 @@ def audit_command(
         dtypes=dtype or (),
         layouts=layout or (),
         full=full,
-        seed=seed,
+        seed=seed or 0,
         at=guard.note,
     )
     show_audit(lambda advance: work(advance=advance), files, failures)
+
+
+def _leave_out(option: str, why: str, said: Mapping[str, object]) -> None:
+    """ValueError for what was said beside `option` and would be ignored."""
+    if names := [name for name, value in said.items() if value]:
+        raise ValueError(f"{option}: {why}; leave out {', '.join(names)}")
 
 
 @kernel_app.command("list", help="List our Metal kernels.")

@@ -279,6 +279,12 @@ def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
         (["softmax", "--candidate", "mine.py:softmax", "--failures", "mine.py"], "mine.py is no folder"),
         (["softmax", "--candidate", "mine.py:softmax", "--failures", "mine.py/x"], "mine.py is no folder"),
         (["softmax", "--candidate", "mine.py:softmax", "--json", "-", "--html", "-"], "--json and --html can't share"),
+        (
+            ["softmax", "--replay", "{}", "--seed", "0"],
+            "--replay: the case says what is run; leave out CONTRACT, --seed",
+        ),
+        (["--replay", "{}", "--framework", "mlx", "--full"], "leave out --framework, --full"),
+        (["softmax", "--mutants", "--json", "r.json"], "prints a table; leave out CONTRACT, --json"),
         (["--replay", "none.json"], "--replay takes a JSON file, or the JSON itself"),
         (["--replay", "mine.py"], "--replay takes a JSON file, or the JSON itself"),
         (["--replay", "{"], "--replay takes a JSON file, or the JSON itself"),
