@@ -162,6 +162,10 @@ def show_audit(
     on_output = [f"--{kind}" for kind, path in wanted.items() if str(path) == "-"]
     if len(on_output) > 1:
         raise ValueError(f"{' and '.join(on_output)} can't share standard output")
+    places: dict[Path, str] = {}
+    for kind, path in wanted.items():
+        if (other := places.setdefault(path.absolute(), kind)) != kind and str(path) != "-":
+            raise ValueError(f"--{other} and --{kind} can't share {path}")
     screen = errors if on_output else console
     # What a candidate prints is no part of a report.
     with progress("audit", None) as advance, redirect_stdout(sys.stderr):
@@ -171,6 +175,8 @@ def show_audit(
             advance(name)
 
         report = work(tell)
+    # Before anything is shown: the reader of what is may close it early.
+    write_reports(report, wanted, write_json)
     screen.print(audit_table(report.verdicts))
     for verdict in report.verdicts:
         if verdict.outcome == "skipped":
@@ -182,8 +188,8 @@ def show_audit(
     for alike in kinds.values():
         _show_failure(screen, alike, failures)
     failed = sum(verdict.outcome == "fail" for verdict in wrong)
-    line(screen, f"{len(report.verdicts)} verdicts, {failed} failed, {len(wrong) - failed} could not be judged")
-    write_reports(report, wanted, write_json)
+    count = len(report.verdicts)
+    line(screen, f"{count} verdict{'s' * (count != 1)}, {failed} failed, {len(wrong) - failed} could not be judged")
     raise typer.Exit(report.exit_code)
 
 
@@ -256,7 +262,7 @@ def write_json(path: Path, text: str) -> None:
     if str(path) == "-":
         print(text)
     else:
-        path.write_text(text + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8", errors="replace")  # names of files needn't be UTF-8
 
 
 def _show(screen: Console, title: str, judged: Sequence[Judged], *, every: bool) -> None:

@@ -121,7 +121,8 @@ def guarded(work: Callable[[], Any]) -> Any:
     except BaseException as error:  # SystemExit too: a candidate's sys.exit(0) would end the audit as if it had passed
         if by_user(error):
             raise KeyboardInterrupt from error
-        raise CandidateError(f"raised {type(error).__name__}: {one_line(error)[:300]}") from error
+        said = one_line(error)[:300]
+        raise CandidateError(f"raised {type(error).__name__}{': ' if said else ''}{said}") from error
     if by_user(None):  # it was interrupted, and went on
         raise KeyboardInterrupt
     return result
@@ -152,7 +153,7 @@ def load(place: str) -> Callable[..., Any]:
     file, _, name = place.rpartition(":")
     path = Path(file)
     if not name or path.suffix != ".py":
-        raise ValueError(f"--candidate {place}: FILE.py:NAME is expected")
+        raise ValueError(f"--candidate {place!r}: FILE.py:NAME is expected")
     if not path.is_file():
         raise ValueError(f"--candidate {place}: there is no file {file}")
     module = _import(path)

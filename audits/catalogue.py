@@ -150,7 +150,7 @@ class _Told:
     def of_python(self) -> list[str]:
         """What was said that means something for Python candidates alone."""
         said = {"framework": self.framework, "device": self.device, "claims": self.claims, "dtype": self.dtypes}
-        return [name for name, value in said.items() if value] + ["layout"] * (self.layouts != LAYOUTS)
+        return [name for name, value in said.items() if value or value == ""] + ["layout"] * (self.layouts != LAYOUTS)
 
 
 Judging = Callable[[bool, int, Advance], Iterable[Verdict]]
@@ -191,15 +191,16 @@ def _candidate(name: str, given: Any, told: _Told) -> Candidate:
     place = _place(given)
     told.at(f"importing {place}")
     function = load(given) if isinstance(given, str) else given
-    _select(told.framework or "numpy", told.device)
+    framework = "numpy" if told.framework is None else told.framework
+    _select(framework, told.device)
     return Candidate(
         function=function,
-        framework=told.framework or "numpy",
+        framework=framework,
         name=place,
         claims=lambda dtype: told.claims,
         dtypes=told.dtypes,
         layouts=told.layouts,
-        device=told.device if told.framework == "torch" else None,
+        device=told.device if framework == "torch" else None,
         at=told.case,
     )
 
@@ -257,7 +258,7 @@ def _select(framework: str, device: str | None) -> Any:
         return None
     from engine.device import select
 
-    return select(device or "auto")
+    return select("auto" if device is None else device)
 
 
 def _check_claims(claims: Mapping[str, str] | None) -> None:

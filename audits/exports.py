@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,21 @@ Write = Callable[[Path, str], None]
 
 
 def write_reports(report: Report, files: Mapping[str, Path], write: Write) -> None:
-    """Write `report` in each wanted format ("json", "junit", "sarif", "html") with `write(path, text)`."""
+    """Write `report` in each wanted format ("json", "junit", "sarif", "html") with `write(path, text)`.
+
+    One that can't be written keeps none of the others from it; ValueError says so when they are.
+    """
     formats: Mapping[str, Callable[[Report], str]] = {"json": report_json, "junit": junit, "sarif": sarif, "html": html}
+    failed = []
     for kind, path in files.items():
-        write(path, formats[kind](report))
+        try:
+            write(path, formats[kind](report))
+        except BrokenPipeError:
+            raise
+        except (OSError, ValueError) as error:
+            failed.append(f"--{kind} {path}: {error}")
+    if failed:
+        raise ValueError(f"not written: {'; '.join(failed)}")
 
 
 def junit(report: Report) -> str:
@@ -72,7 +84,8 @@ def _sarif_result(verdict: Verdict) -> dict[str, Any]:
     }
     file, _, _ = str(verdict.case.get("candidate", "")).rpartition(":")
     if file.endswith((".py", ".toml")):
-        uri = Path(file).as_uri() if Path(file).is_absolute() else percent_encoded(Path(file).as_posix())
+        path = Path(file)  # whose name needn't be UTF-8
+        uri = path.as_uri() if path.is_absolute() else percent_encoded(os.fsencode(path.as_posix()))
         result["locations"] = [{"physicalLocation": {"artifactLocation": {"uri": uri}}}]
     return result
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -276,14 +276,27 @@ def audit(
 def replay(case: Mapping[str, Any]) -> Verdict:
     """Run the one case that a Verdict of this audit recorded."""
     known = {field.name for field in fields(MatmulCase)}
-    try:
-        wanted = MatmulCase(**{key: value for key, value in case.items() if key in known})
-    except TypeError as error:
-        raise ValueError(f"not a case of moe_matmul: {error}") from error
+    if missing := [f.name for f in fields(MatmulCase) if f.default is MISSING and f.name not in case]:
+        raise ValueError(f"this is no case of moe_matmul: it lacks {', '.join(missing)}")
+    wanted = MatmulCase(**{key: value for key, value in case.items() if key in known})
     specs = {spec.name: spec for spec in read_specs(described(case.get("candidate")))}
-    if wanted.kernel not in specs:
+    if not isinstance(wanted.kernel, str) or wanted.kernel not in specs:
         raise ValueError(f"{described(case.get('candidate'))} describes no kernel {wanted.kernel!r}")
+    _check_case(wanted, specs[wanted.kernel])
     return run_case(specs[wanted.kernel], wanted)
+
+
+def _check_case(case: MatmulCase, spec: KernelSpec) -> None:
+    """ValueError for a field that can't be what it is."""
+    block = FORMATS[spec.format][1]
+    for name, least in (("tokens", 1), ("K", block), ("M", 1), ("seed", 0)):
+        value = getattr(case, name)
+        if type(value) is not int or value < least or (name == "K" and value % block):
+            blocks = f", in whole blocks of {block}," * (name == "K" and block > 1)
+            expected = f"a whole number from {least} on{blocks} is expected"
+            raise ValueError(f"this is no case of moe_matmul: its {name} is {value!r}; {expected}")
+    if case.load not in LOADS:
+        raise ValueError(f"this is no case of moe_matmul: its load is {case.load!r}; there is {', '.join(LOADS)}")
 
 
 def described(candidate: Any) -> Path:

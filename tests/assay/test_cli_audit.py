@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import shlex
 import signal
 import sys
@@ -90,6 +91,10 @@ def audit(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tm
 
 
 FLOAT32 = ("--dtype", "float32")
+KERNEL_CASE = (
+    '{"contract": "moe_matmul", "kernel": "kernel_mul_mm_id_q8_0_f32_n32", "tokens": %s, "K": %s, "M": 64,'
+    ' "load": "%s", "seed": 0}'
+)
 
 
 def one_line(err: str) -> str:
@@ -231,6 +236,32 @@ def test_an_error_of_ours_says_so_and_has_its_traceback(audit: Run, monkeypatch:
     assert "Traceback (most recent call last)" in err
 
 
+def test_files_whose_names_are_not_utf_8_are_reported_too(audit: Run) -> None:
+    name = os.fsdecode(b"m\xffne.py")
+    try:
+        Path(name).write_text(WRONG, encoding="utf-8")
+    except OSError:
+        pytest.skip("this file system takes UTF-8 names alone")
+    reports = [word for kind in ("json", "junit", "sarif", "html") for word in (f"--{kind}", f"report.{kind}")]
+    code, out, err = audit("softmax", "--candidate", f"{name}:softmax", *FLOAT32, *reports)
+    assert code == 1, out + err
+    assert all(Path(f"report.{kind}").stat().st_size for kind in ("json", "junit", "sarif", "html"))
+    assert "m%FFne.py" in Path("report.sarif").read_text()
+    (stored,) = Path("assay-failures").glob("*values*")
+    assert audit("--replay", stored)[0] == 1
+
+
+def test_a_report_that_cannot_be_written_keeps_none_of_the_others_from_it(audit: Run) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("this system has no /dev/full")
+    code, _, err = audit(
+        "softmax", "--candidate", "mine.py:softmax", *FLOAT32, "--json", "/dev/full", "--html", "r.html"
+    )
+    assert code == 2
+    assert "not written: --json /dev/full: " in err
+    assert "audit" in Path("r.html").read_text()
+
+
 @pytest.mark.parametrize("kind", ["json", "junit", "sarif", "html"])
 def test_a_report_on_standard_output_is_only_that(audit: Run, kind: str) -> None:
     code, out, err = audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32, f"--{kind}", "-")
@@ -283,6 +314,20 @@ def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
             ["softmax", "--replay", "{}", "--seed", "0"],
             "--replay: the case says what is run; leave out CONTRACT, --seed",
         ),
+        (["softmax", "--candidate", "mine.py:softmax", "--framework", ""], "no framework ''"),
+        (["softmax", "--device", ""], "device '' is unknown"),
+        (["softmax", "--candidate", "mine.py:softmax", "--claims", ","], "NAME=DTYPE,… is expected"),
+        (
+            ["softmax", "--candidate", "mine.py:softmax", "--json", "r", "--html", "./r"],
+            "--json and --html can't share",
+        ),
+        (["--replay", '{"contract": "moe_matmul", "kernel": "k", "K": 3}'], "it lacks tokens, M, load, seed"),
+        (["--replay", KERNEL_CASE % (0, 256, "one")], "its tokens is 0; a whole number from 1 on is expected"),
+        (
+            ["--replay", KERNEL_CASE % (1, 100, "one")],
+            "its K is 100; a whole number from 32 on, in whole blocks of 32,",
+        ),
+        (["--replay", KERNEL_CASE % (1, 256, "x")], "its load is 'x'; there is one, even, skewed, empty"),
         (["--replay", "{}", "--framework", "mlx", "--full"], "leave out --framework, --full"),
         (["softmax", "--mutants", "--json", "r.json"], "prints a table; leave out CONTRACT, --json"),
         (["--replay", "none.json"], "--replay takes a JSON file, or the JSON itself"),
