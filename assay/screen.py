@@ -70,7 +70,7 @@ def start(app: typer.Typer) -> NoReturn:
 def _run(app: typer.Typer) -> int:
     """The exit code of the command line."""
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="assay", standalone_mode=False)
         if code == INTERRUPTED:  # typer may have made an exit of it
             raise KeyboardInterrupt
         sys.stdout.flush() if sys.stdout else None
@@ -84,7 +84,8 @@ def _run(app: typer.Typer) -> int:
         line(errors, "assay: interrupted; nothing that was accepted has changed")
         return INTERRUPTED
     except Exception as error:
-        line(errors, f"assay: {_complaint(error)}")
+        if complaint := _complaint(error):
+            line(errors, f"assay: {complaint}")
         if os.environ.get(DEBUG):
             print_exception(error)
         return 2
@@ -93,7 +94,8 @@ def _run(app: typer.Typer) -> int:
 def _complaint(error: Exception) -> str:
     """What stopped a command, in one line with the way out."""
     if hasattr(error, "format_message"):
-        return f"{error.format_message()} (see --help)"  # typer's own complaint about the usage
+        said = str(error.format_message())  # typer's own complaint about the usage; none where it shows the help
+        return f"{said} (see --help)" if said else ""
     if isinstance(error, ValueError | OSError):
         return " ".join(str(error).split())
     if isinstance(error, MemoryError):

@@ -202,6 +202,10 @@ def _check_types(source_or_path: object, include_dirs: object, defines: object, 
         )
     if isinstance(include_dirs, str) or not isinstance(include_dirs, Sequence):
         raise MetalError(f"include_dirs is a list of folders; this is of type {type(include_dirs).__name__}")
+    if missing := [str(folder) for folder in include_dirs if not Path(folder).is_dir()]:
+        raise MetalError(f"there is no folder {missing[0]!r} to include from")
+    if isinstance(defines, Mapping) and not all(str(name).strip() for name in defines):
+        raise MetalError("a macro without a name is defined; NAME or NAME=VALUE is expected")
     for name, given in (("defines", defines), ("constants", constants)):
         if not isinstance(given, Mapping | None):
             raise MetalError(f"{name} is a dict from names to values; this is of type {type(given).__name__}")

@@ -46,6 +46,10 @@ def test_help_lists_every_command(assay) -> None:
 
 def test_no_command_is_bad_usage(assay) -> None:
     assert assay()[0] == 2
+    for group in ("kernel", "golden"):
+        code, out, err = assay(group)
+        assert (code, err) == (2, ""), "the help says it all"
+        assert f"Usage: assay {group}" in out
     assert assay("nonsense")[0] == 2
 
 
@@ -375,6 +379,10 @@ def test_kernel_check_of_several_sources_loses_none_and_passes_nothing_unseen(as
     code, out, err = assay("kernel", "check", bad, tmp_path / "none.metal", good)
     assert (code, out) == (2, "ok k: buffer(0) x\n")
     assert "bad.metal has no kernel" in err and "there is no Metal source" in err
+    for wrong, told in (("-I", tmp_path / "none"), "there is no folder"), (("-D", ""), "a macro without a name"):
+        code, out, err = assay("kernel", "check", good, *wrong)
+        assert (code, out) == (2, ""), err
+        assert told in err
     code, out, err = assay("kernel", "check", good, "--only", "mul")
     assert (code, out) == (2, "")
     assert "good.metal has 'mul' in its name" in err
