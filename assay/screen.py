@@ -176,7 +176,9 @@ def show_audit(
             guard.note(name)
             advance(name)
 
+        here = Path.cwd()
         report = work(tell)
+        os.chdir(here)  # wherever a candidate has gone
     # Before anything is shown: the reader of what is may close it early.
     write_reports(report, wanted, write_json)
     screen.print(audit_table(report.verdicts))

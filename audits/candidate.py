@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -130,7 +131,10 @@ def guarded(work: Callable[[], Any]) -> Any:
 
 def one_line(error: BaseException) -> str:
     """An error's message in one line that a terminal, XML and UTF-8 can show."""
-    text = " ".join(str(error).split())
+    try:
+        text = " ".join(str(error).split())
+    except BaseException:  # somebody's own __str__
+        text = "a message that can't be read"
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
@@ -179,7 +183,8 @@ def _import(path: Path) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[key] = module
-    sys.path.insert(0, str(path.resolve().parent))  # a candidate may import its neighbours
+    folder = str(path.resolve().parent)
+    sys.path.insert(0, folder)  # a candidate may import its neighbours
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
@@ -188,5 +193,6 @@ def _import(path: Path) -> Any:
             raise KeyboardInterrupt from error
         raise ValueError(f"{path} can't be imported: {type(error).__name__}: {one_line(error)}") from error
     finally:
-        sys.path.remove(str(path.resolve().parent))
+        with suppress(ValueError):  # its own to change
+            sys.path.remove(folder)
     return module

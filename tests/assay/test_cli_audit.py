@@ -273,6 +273,14 @@ def test_a_report_on_standard_output_is_only_that(audit: Run, kind: str) -> None
     assert ", 0 failed, 0 could not be judged" in err
 
 
+def test_files_are_written_where_the_user_is_wherever_the_candidate_goes(audit: Run, tmp_path: Path) -> None:
+    (tmp_path / "away").mkdir()
+    Path("mine.py").write_text(WRONG + "\nimport os; os.chdir('away')\n", encoding="utf-8")
+    assert audit("softmax", "--candidate", "mine.py:softmax", *FLOAT32, "--json", "r.json")[0] == 1
+    assert left() == {"away", "r.json", "assay-failures"}
+    assert not list((tmp_path / "away").iterdir())
+
+
 def test_claims_and_framework_reach_the_verdicts(audit: Run) -> None:
     arguments = ("--framework", "numpy", "--claims", "accumulate=f16,intermediate=input", "--dtype", "float16")
     code, out, _ = audit("softmax", "--candidate", "mine.py:softmax", *arguments, "--json", "-")

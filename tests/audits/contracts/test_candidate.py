@@ -131,6 +131,18 @@ def test_whatever_a_candidate_raises_is_one_line_of_ours(error: BaseException) -
     assert caught.value.__cause__ is error
 
 
+def test_an_error_that_cannot_even_be_shown_is_the_candidates() -> None:
+    class Unreadable(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("no message")
+
+    def work() -> None:
+        raise Unreadable
+
+    with pytest.raises(CandidateError, match=r"^raised Unreadable: a message that can't be read$"):
+        guarded(work)
+
+
 def test_control_characters_and_halves_of_characters_are_not_passed_on() -> None:
     def work() -> None:
         raise ValueError("red \x1b[31m \x00 \udcff" + "x" * 1000)
