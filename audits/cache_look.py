@@ -115,15 +115,13 @@ class Look:
                 message = f"offset is {actual if live.batched else actual[0]}, expected {shown}"
                 raise Found(Finding(check="offset", message=message))
         longest = max(len(row.tokens) - row.dropped for row in live.rows)
-        if longest and obj.has(cache, "empty") and obj.call("empty", cache.empty):
+        if longest and obj.has(cache, "empty") and obj.call("empty", lambda: bool(cache.empty())):
             raise Found(Finding(check="empty", message=f"empty() says True of {longest} tokens"))
         if obj.has(cache, "size"):
-            self._size(live, obj.call("size", cache.size), longest)
+            self._size(live, obj.call("size", lambda: int(cache.size())), longest)
         for name, expected in self.options.items():
-            if name != "left_padding" and not callable(getattr(cache, name, None)):
-                actual = getattr(cache, name, expected)
-                if actual != expected:
-                    raise Found(Finding(check="options", message=f"{name} has become {actual}, it was {expected}"))
+            if name != "left_padding" and (found := obj.shown(cache, name, expected)):
+                raise Found(Finding(check="options", message=f"{name} has become {found}, it was {expected}"))
 
     def _size(self, live: Live, size: int, longest: int) -> None:
         """0 (mlx-lm's caches needn't tell), or the columns that the next token could see, padding included."""

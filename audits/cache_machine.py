@@ -167,7 +167,7 @@ class Machine:
         size = self.rules.max_size
         wrapped = size is not None and max(len(row.tokens) for row in live.rows) >= size
         if obj.has(live.cache, "is_trimmable"):
-            trimmable = obj.call("is_trimmable", live.cache.is_trimmable)
+            trimmable = obj.call("is_trimmable", lambda: bool(live.cache.is_trimmable()))
             if not trimmable and not wrapped:
                 raise Lacks_trim()
         else:

@@ -40,6 +40,16 @@ def has(cache: Any, name: str) -> bool:
     return hasattr(type(cache), name) or name in getattr(cache, "__dict__", ())
 
 
+def shown(cache: Any, name: str, expected: Any) -> str:
+    """What a cache shows as its option `name`, if that is another value than expected; else ""."""
+
+    def look() -> str:
+        actual = getattr(cache, name, expected)
+        return "" if callable(actual) or bool(actual == expected) else str(actual)
+
+    return str(call(name, look))
+
+
 def needs(cache: Any, *names: str) -> None:
     """Lacks for the first of these attributes that a cache hasn't."""
     for name in names:

@@ -102,6 +102,10 @@ class _Feeder:
 
             obj.call("update_and_fetch", lambda: mx.eval(fetched))
 
+    def trims(self) -> bool:
+        """Whether the cache says that it can be trimmed, or says nothing."""
+        return not obj.has(self.cache, "is_trimmable") or bool(self.cache.is_trimmable())
+
     def bytes(self) -> int:
         """What is alive for the cache."""
         return _active() - self.before if self.framework == "mlx" else reachable_bytes(self.cache)
@@ -171,7 +175,7 @@ def _constants(candidate: Candidate, case: Mapping[str, Any], options: Mapping[s
 def _decode(feeder: _Feeder) -> Finding | None:
     """Nodes and bytes over SAMPLES[-1] decode steps, after whatever may leave an array behind has been done once."""
     feeder.feed(3)
-    if obj.has(feeder.cache, "trim") and obj.call("is_trimmable", getattr(feeder.cache, "is_trimmable", lambda: True)):
+    if obj.has(feeder.cache, "trim") and obj.call("is_trimmable", feeder.trims):
         obj.call("trim", lambda: feeder.cache.trim(1))
     if feeder.batched and obj.has(feeder.cache, "filter"):
         obj.call("filter", lambda: feeder.cache.filter([1, 0]))

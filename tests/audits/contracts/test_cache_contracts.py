@@ -15,8 +15,9 @@ from audits.affine import decode as dequantised
 from audits.cache_contract import CacheContract
 from audits.cache_judge import visible_places
 from audits.cache_machine import program_text
+from audits.cache_object import shown
 from audits.cache_values import KEY, Label, Tokens, decode, parts, quantisation_error
-from audits.candidate import Candidate, load
+from audits.candidate import Candidate, CandidateError, load
 from audits.catalogue import contract
 from audits.contract import Finding
 from audits.exports import html
@@ -291,3 +292,20 @@ def test_programs_are_written_as_people_do() -> None:
     report = Report(verdicts=[verdict])
     assert text in html(report)
     assert json.loads(report_json(report))["verdicts"][0]["case"]["program"] == ops, "JSON keeps what replays"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("size", "x"), ("size", np.ones(3)), ("empty", np.ones(3)), ("is_trimmable", np.ones(3))],
+)
+def test_a_method_that_answers_nonsense_is_the_caches_fault(name: str, value: Any) -> None:
+    cache = type("Odd", (base("kv_cache", "numpy_buffer.py"),), {name: lambda self: value})
+    verdicts = audited("kv_cache", cache)
+    assert {verdict.outcome for verdict in verdicts} <= {"pass", "fail", "skipped"}
+    assert f"{name} raised" in next(v for v in verdicts if v.outcome == "fail").message
+
+
+@pytest.mark.parametrize("value", [np.ones(3), property(lambda self: 1 / 0)])
+def test_an_option_that_shows_nonsense_is_the_caches_fault(value: Any) -> None:
+    with pytest.raises(CandidateError, match=r"keep raised"):
+        shown(type("Odd", (), {"keep": value})(), "keep", 0)
