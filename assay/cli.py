@@ -6,6 +6,7 @@ The table of commands is here, so that the help above and the commands' own help
 from __future__ import annotations
 
 import sys
+from typing import NoReturn
 
 SUMMARY = "Does a Metal LLM engine still compute what its reference computes?"
 COMMANDS = {
@@ -32,15 +33,31 @@ def help_text() -> str:
 def command() -> None:
     """What the installed `assay` runs: `main`, watched from another process where somebody's candidate may end it."""
     words = sys.argv[1:]
-    if words[:1] == ["audit"] and any(word.split("=")[0] in ("--candidate", "--replay") for word in words):
-        from assay.guard import watch
+    try:
+        if words[:1] == ["audit"] and any(word.split("=")[0] in ("--candidate", "--replay") for word in words):
+            from assay.guard import watch
 
-        watch()
-    main()
+            watch()
+        _main()
+    except KeyboardInterrupt:
+        _interrupted()
 
 
 def main() -> None:
-    """Entry point; exits with 0, 1 or 2."""
+    """Entry point; exits with 0, 1, 2 or 130."""
+    try:
+        _main()
+    except KeyboardInterrupt:
+        _interrupted()
+
+
+def _interrupted() -> NoReturn:
+    """What an interrupt comes to before there is anything that it could interrupt (assay/screen.py has the rest)."""
+    print("assay: interrupted", file=sys.stderr)
+    sys.exit(130)
+
+
+def _main() -> None:
     arguments = sys.argv[1:]
     if arguments in ([], ["--help"], ["-h"], ["help"]):
         try:

@@ -10,9 +10,12 @@ import os
 import select
 import signal
 import sys
+import threading
+from contextlib import suppress
 from typing import NoReturn
 
 SILENCE = 300.0  # seconds without a new case after which the candidate is taken to hang
+GRACE = 1.0  # seconds after which an interrupt that the child hasn't heard of is passed on
 DONE = b"done "
 _pipe: int | None = None
 
@@ -27,8 +30,26 @@ def watch() -> None:
         _pipe = writing
         return
     os.close(writing)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the child is interrupted too, and says so
+    signal.signal(signal.SIGINT, lambda *_: _pass_on(child))
+    signal.signal(signal.SIGTERM, lambda *_: _terminate(child))
     _wait(child, reading)
+
+
+def _pass_on(child: int) -> None:
+    """Interrupt the child, and let it say so: at once by the terminal, or here if the signal was meant for one."""
+    timer = threading.Timer(GRACE, lambda: _kill(child, signal.SIGINT))
+    timer.daemon = True
+    timer.start()
+
+
+def _terminate(child: int) -> NoReturn:
+    _kill(child, signal.SIGTERM)
+    os._exit(128 + signal.SIGTERM)
+
+
+def _kill(child: int, number: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(child, number)
 
 
 def note(text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,7 @@ def crashes(gate, up):
 
 
 def hangs(gate, up):
+    print("it runs", flush=True)
     time.sleep(60)
 """
 # The limit is shortened in the child alone: the command has no option for it.
@@ -78,3 +80,25 @@ def test_a_candidate_cannot_change_how_a_report_ends(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done.stderr
     assert "FAIL swiglu" in done.stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_to_the_watching_process_alone_ends_both(number: int, code: int, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(CANDIDATES, encoding="utf-8")
+    arguments = ["audit", "swiglu", "--candidate", "mine.py:hangs"]
+    # A shell's background jobs ignore interrupts.
+    handled = f"import signal; signal.signal(signal.SIGINT, signal.default_int_handler); {COMMAND}"
+    child = subprocess.Popen(
+        [sys.executable, "-c", handled, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert child.stderr is not None
+    while "it runs" not in (line := child.stderr.readline()):  # what a candidate prints goes to standard error
+        assert line, "it ended before it ran"
+    child.send_signal(number)
+    _, err = child.communicate(timeout=30)  # returns when the other process has let go of standard error, too
+    assert child.returncode == code
+    assert "FAIL" not in err and "Traceback" not in err
