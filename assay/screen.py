@@ -239,7 +239,7 @@ def _check_folder(failures: Path) -> None:
     """ValueError unless the folder for failures is there, or can be made, and can be written to."""
     there = next((path for path in (failures, *failures.absolute().parents) if path.exists()), failures)
     if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise ValueError(f"--failures {failures}: {there} is no folder that can be written to")
+        raise ValueError(f"--failures {failures}: {there} is no folder that can be written to; name another")
 
 
 def show_mutants(work: Callable[[Callable[[str], None]], Iterable[Noticed]]) -> NoReturn:

@@ -160,7 +160,10 @@ def load(place: str) -> Callable[..., Any]:
         raise ValueError(f"--candidate {place!r}: FILE.py:NAME is expected")
     if not path.is_file():
         raise ValueError(f"--candidate {place}: there is no file {file}")
-    module = _import(path)
+    try:
+        module = _import(path)
+    except OSError as error:
+        raise ValueError(f"--candidate {place}: {file} can't be read ({error.strerror or error})") from error
     if not hasattr(module, name):
         raise ValueError(f"--candidate {place}: {file} defines no {name!r} ({_defined(module, name)})")
     return getattr(module, name)  # type: ignore[no-any-return]
@@ -188,7 +191,7 @@ def _import(path: Path) -> Any:
     try:
         spec.loader.exec_module(module)
     except BaseException as error:
-        del sys.modules[key]
+        sys.modules.pop(key, None)
         if by_user(error):
             raise KeyboardInterrupt from error
         raise ValueError(f"{path} can't be imported: {type(error).__name__}: {one_line(error)}") from error

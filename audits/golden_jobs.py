@@ -79,7 +79,10 @@ def regenerate(path: Path, cases: Sequence[Case], advance: Advance = lambda _: N
     for case in cases:
         advance(case.name)
         traces.append(run(engine, replace(case, device=engine.provenance["device"])))
-    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{path}: its folder can't be made ({error.strerror}); name a file elsewhere") from error
     return workflow.stage(path, traces)
 
 

@@ -51,13 +51,19 @@ def quantized_checkpoint(folder: Path, kind: str, advance: Advance = lambda _: N
     kept = cache_folder() / f"{_model_hash(folder, stamp(folder))[:16]}-{kind}-{_recipe()}"
     if not kept.exists():
         advance(f"quantising experts to {kind}, once: a minute at most")
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=kept.parent, prefix="making-") as aside:
-            made = Path(aside) / "model"
-            _make(folder, kind, made)
-            # Another process may have been quicker: a folder is not renamed over one that isn't empty.
-            if not kept.exists():
-                made.rename(kept)
+        try:
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=kept.parent, prefix="making-") as aside:
+                made = Path(aside) / "model"
+                _make(folder, kind, made)
+                # Another process may have been quicker: a folder is not renamed over one that isn't empty.
+                if not kept.exists():
+                    made.rename(kept)
+        except OSError as error:
+            raise ValueError(
+                f"quantised experts can't be kept in {kept.parent} ({error.strerror or error}); set ASSAY_CACHE to a"
+                " folder that can be written"
+            ) from error
     return kept
 
 

@@ -103,6 +103,7 @@ def test_a_failure_exits_1_names_the_place_and_prints_its_replay(assay, model: P
         (["golden", "regenerate", "a.txt", "--tokens", "1,2", "--dtype", "float32"], "NAME.h5"),
         (["golden", "regenerate", ".", "--tokens", "1,2", "--dtype", "float32"], "NAME.h5"),
         (["golden", "regenerate", "--dtype", "float32"], "--tokens"),
+        (["golden", "regenerate", "/dev/null/x/g.h5", "--tokens", "1,2"], "its folder can't be made (Not a directory)"),
         (["run", "--golden", "g.h5", "--seed", "3"], "leave out --seed"),
         (["run", "--golden", "g.h5", "--dtype", "float16"], "leave out --dtype"),
         (["run", "--golden", "g.h5", "--experts", "q4_k", "--kernels", "host"], "leave out --experts, --kernels"),

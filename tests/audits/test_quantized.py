@@ -84,6 +84,12 @@ def test_another_model_or_quantiser_is_another_checkpoint(model: Path, monkeypat
     assert len(made) == 4
 
 
+def test_a_cache_that_cannot_be_written_says_what_to_set(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantized, "cache_folder", lambda: Path("/dev/null/cache"))
+    with pytest.raises(ValueError, match=r"can't be kept in /dev/null/cache \(Not a directory\); set ASSAY_CACHE"):
+        quantized_checkpoint(model, "q8_0")
+
+
 def test_what_was_interrupted_is_not_there(model: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
         raise KeyboardInterrupt

@@ -422,6 +422,16 @@ def test_what_cannot_be_loaded_is_one_clear_line(tmp_path: Path, name: str, text
     assert "\n" not in str(error.value)
 
 
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def denied(self: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    (tmp_path / "mine.py").write_text("def op(x): pass")
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    with pytest.raises(ValueError, match=r"^--candidate .*mine.py:op: .*mine.py can't be read \(Permission denied\)$"):
+        load(f"{tmp_path / 'mine.py'}:op")
+
+
 def test_unwritten_memory_is_unlikely_to_look_right() -> None:
     (output,) = candidate(lambda x: np.empty_like(x))(Call({"x": np.ones((64, 64), np.float32)}), SOFTMAX.arguments)
     assert not (take(output) == 1 / 64).all()
