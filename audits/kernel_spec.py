@@ -10,7 +10,7 @@ import itertools
 import operator
 import struct
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ FORMATS |= {"iq2_xxs": ("IQ2_XXS", 256, 66), "f16": ("F16", 1, 2)}
 RHS = {"f32": "float32", "f16": "float16"}
 # Numbers of weight rows (M) to try, where the description has no others: a whole tile, and a ragged last one.
 ROWS = (64, 70)
+TOP = {"source", "kernel", "include_dirs", "defines", "constants"}
+KEYS = {"name", "format", "rhs", "tile", "threads", "threadgroups", "threadgroup_memory", "buffers", "rows"}
 GUIDE = "docs/wide-tile-audit.md has the keys, engine/metal/kernels/moe.toml is an example"
 _OPERATORS: dict[type, Callable[[int, int], int]] = {
     ast.Add: operator.add,
@@ -105,36 +107,65 @@ def read_specs(path: Path) -> list[KernelSpec]:
 
 def specs_of(entry: Mapping[str, Any], described: Mapping[str, Any], folder: Path) -> Iterator[KernelSpec]:
     """The kernels of one [[kernel]] entry: one for each format, right-hand side and tile that it lists."""
+    _check_entry(entry, described)
     buffers = {int(i): tuple(m) if isinstance(m, list) else str(m) for i, m in entry["buffers"].items()}
-    if wrong := [m for m in buffers.values() if isinstance(m, str) and m not in ROLES]:
-        raise ValueError(f"a buffer is {wrong[0]!r}; it is a list of scalars or one of {', '.join(ROLES)}")
-    if missing := {"weights", "x", "out"} - {m for m in buffers.values() if isinstance(m, str)}:
-        raise ValueError(f"no buffer is {sorted(missing)[0]!r}")
-    rows = tuple(int(M) for M in entry.get("rows", ROWS))
-    if not rows or min(rows) < 1:
-        raise ValueError(f"rows are {list(rows)}; numbers of weight rows from 1 on are expected")
+    threads = entry["threads"]
+    gx, gy, gz = (str(text) for text in entry["threadgroups"])
     for kind, rhs, tile in itertools.product(entry["format"], entry["rhs"], entry["tile"]):
         if kind not in FORMATS or rhs not in RHS:
             raise ValueError(
                 f"format {kind!r} × {rhs!r} is not known; formats {', '.join(FORMATS)}, rhs {', '.join(RHS)}"
             )
-        x, y, z = (int(n) for n in entry["threads"])
-        gx, gy, gz = (str(text) for text in entry["threadgroups"])
         yield KernelSpec(
             source=folder / described["source"],
             name=str(entry["name"]).format(format=kind, rhs=rhs, tile=tile),
             format=kind,
             rhs=rhs,
-            tile=int(tile),
-            threads=(x, y, z),
+            tile=tile,
+            threads=(threads[0], threads[1], threads[2]),
             threadgroups=(gx, gy, gz),
             threadgroup_memory={int(i): str(text) for i, text in entry.get("threadgroup_memory", {}).items()},
             buffers=buffers,
             include_dirs=tuple(folder / name for name in described.get("include_dirs", ())),
             defines=dict(described.get("defines", {})),
             constants={int(key) if key.isdigit() else key: v for key, v in described.get("constants", {}).items()},
-            rows=rows,
+            rows=tuple(entry.get("rows", ROWS)),
         )
+
+
+def _check_entry(entry: Any, described: Mapping[str, Any]) -> None:
+    """ValueError for a key that there isn't, or a value that it can't have; KeyError for one that is missing."""
+    if not isinstance(entry, Mapping):
+        raise ValueError("kernel is no list of tables; each begins with [[kernel]]")
+    if unknown := [*(set(described) - TOP), *(set(entry) - KEYS)]:
+        raise ValueError(f"there is no key {sorted(unknown)[0]!r}; there is {', '.join(sorted(TOP | KEYS))}")
+    for name in ("format", "rhs", "tile", "threads", "threadgroups"):
+        if not isinstance(entry[name], list):
+            raise ValueError(f"{name} is {entry[name]!r}; a list is expected")
+    if not isinstance(described.get("include_dirs", []), list):
+        raise ValueError(f"include_dirs is {described['include_dirs']!r}; a list of folders is expected")
+    for name, what in (("tile", "tokens"), ("threads", "threads"), ("rows", "weight rows")):
+        numbers = entry.get(name, list(ROWS))
+        if not isinstance(numbers, list) or any(type(n) is not int or n < 1 for n in numbers):
+            raise ValueError(f"{name} is {numbers!r}; numbers of {what} from 1 on are expected")
+    if not entry.get("rows", ROWS):
+        raise ValueError("rows is []; numbers of weight rows from 1 on are expected")
+    for name, what in (("threads", "whole numbers"), ("threadgroups", "expressions")):
+        if len(entry[name]) != 3:
+            raise ValueError(f"{name} is {entry[name]!r}; three {what} are expected")
+    if any(not index.isdecimal() for name in ("buffers", "threadgroup_memory") for index in entry.get(name, ())):
+        raise ValueError("buffers and threadgroup_memory go by their index, a whole number")
+    _check_buffers(entry["buffers"].values())
+
+
+def _check_buffers(meanings: Collection[Any]) -> None:
+    """ValueError for what is neither a role nor a list of scalars, and for roles that are missing."""
+    if wrong := [text for m in meanings if isinstance(m, list) for text in m if not isinstance(text, str)]:
+        raise ValueError(f"a scalar is {wrong[0]!r}; a type and an expression are expected, such as 'i32 K'")
+    if wrong := [m for m in meanings if not isinstance(m, list) and m not in ROLES]:
+        raise ValueError(f"a buffer is {wrong[0]!r}; it is a list of scalars or one of {', '.join(ROLES)}")
+    if missing := {"weights", "x", "out"} - {m for m in meanings if isinstance(m, str)}:
+        raise ValueError(f"no buffer is {sorted(missing)[0]!r}")
 
 
 def evaluate(text: str, sizes: Mapping[str, int]) -> int:
