@@ -210,7 +210,8 @@ def _show_failure(screen: Console, alike: Sequence[Verdict], failures: Path) -> 
     elif "traceback" in first.evidence:
         line(screen, f"  traceback: {write_failure(failures, first)}")
     if len(alike) > 1:
-        line(screen, f"  {len(alike) - 1} more cases fail it (--json has all)")
+        more = "1 more case is" if len(alike) == 2 else f"{len(alike) - 1} more cases are"
+        line(screen, f"  {more} like it (--json has all)")
 
 
 def write_failure(folder: Path, verdict: Verdict) -> Path:
