@@ -12,8 +12,9 @@ from typing import Any
 
 from audits import growth
 from audits.cache_contents import Found
-from audits.cache_machine import Invalid, Machine, Op, check_program
+from audits.cache_machine import Invalid, Machine
 from audits.cache_object import Lacks, copies, has, make, parameters, takes_window
+from audits.cache_program import Op, check_program
 from audits.cache_shrink import shrink
 from audits.candidate import Candidate, CandidateError
 from audits.contract import Argument, Finding, arguments_of

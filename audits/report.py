@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from audits.cache_machine import program_text
+from audits.cache_program import program_text
 from audits.compare import Comparison, ProbeResult
 from audits.launched import kernel_lines
 from audits.metrics import Metrics

@@ -14,8 +14,8 @@ import pytest
 from audits.affine import decode as dequantised
 from audits.cache_contract import CacheContract
 from audits.cache_judge import visible_places
-from audits.cache_machine import program_text
 from audits.cache_object import shown
+from audits.cache_program import program_text
 from audits.cache_values import KEY, Label, Tokens, decode, parts, quantisation_error
 from audits.candidate import Candidate, CandidateError, load
 from audits.catalogue import contract
