@@ -90,8 +90,9 @@ def test_without_the_likely_level_the_bound_stays() -> None:
     arith = Arithmetic.claim("float16")
     whole = c.bounded(arith)
     half = bounds.attention(*c.arguments(), arith, likely=False)
-    assert torch.equal(half.bound, whole.bound)
-    assert torch.equal(half.likely, whole.bound)
+    assert torch.equal(half.likely, half.bound)
+    # Some processors add a float64 product's terms in another order at another time: 33 keys here, none negative.
+    torch.testing.assert_close(half.bound, whole.bound, rtol=33 * 2.0**-53, atol=0)
 
 
 def packed(c: Case, dtype: str, seed: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -53,10 +53,8 @@ def test_nonsense_is_one_clear_line(monkeypatch: pytest.MonkeyPatch, own: str, m
 )
 def test_clang_before_16_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, says: str, message: str) -> None:
     monkeypatch.setenv("ASSAY_CXX", pretender(tmp_path, "clang++", says))
-    if not message:
-        compile(TEXT)  # preprocessing goes through: what the pretender prints is the text
-        return
-    with pytest.raises(MetalError, match=message):
+    # Preprocessing goes through with a clang that is new enough: what the pretender prints is the text then.
+    with pytest.raises(MetalError, match=message or "the source has no kernel"):
         compile(TEXT)
 
 

@@ -22,6 +22,8 @@ def candidate(q, keys, values, *, scale, mask=None, sinks=None, group_size, bits
     if mask is not None:
         hidden = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if hidden else scores + mask
+        if not hidden:  # NaN would spread: torch 2.13's bfloat16 product on AMX puts it into the row before, too
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     if sinks is not None:
         scores = torch.cat([scores, sinks[:, None, None].expand(*scores.shape[:3], 1)], dim=-1)
     weights = torch.softmax(scores.float(), dim=-1).to(q.dtype)

@@ -13,6 +13,8 @@ def candidate(q, k, v, *, scale, mask=None, sinks=None):
     if mask is not None:
         hidden = mask.dtype == torch.bool
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if hidden else scores + mask
+        if not hidden:  # NaN would spread: torch 2.13's bfloat16 product on AMX puts it into the row before, too
+            scores = scores.clamp(min=torch.finfo(scores.dtype).min)
     if sinks is not None:
         column = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
         scores = torch.cat([scores, column], dim=-1)
